@@ -1,0 +1,28 @@
+"""Exact attention over keys and values that live on many machines, as one weighted sum."""
+
+from .attention import attention, shard, unshard, weighted_sum
+from .cache import KVCache
+from .comm import Communicator, connect, launch
+from .errors import Mismatch, NonFiniteWarning, RankLost, Unsupported
+from .layouts import Layout
+from .state import AttentionState, merge
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionState",
+    "Communicator",
+    "KVCache",
+    "Layout",
+    "Mismatch",
+    "NonFiniteWarning",
+    "RankLost",
+    "Unsupported",
+    "attention",
+    "connect",
+    "launch",
+    "merge",
+    "shard",
+    "unshard",
+    "weighted_sum",
+]

@@ -1,0 +1,90 @@
+"""Agreement: before any payload moves, the ranks find out whether they make the same call.
+
+One all-gather of a 64-byte header, the same collective whatever the call. Ranks that entered different calls,
+or the same one with other arguments, all see so in the headers, and all raise the same error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import Mismatch
+from .base import Communicator
+
+_HEADER = struct.Struct("<4sHHqqq16s16x")  # magic, version, failed, q_len, kv_len, description bytes, digest
+_MAGIC, _VERSION = b"ssum", 1
+_MAX_DESCRIPTION_BYTES = 1 << 16
+
+
+def agree(
+    comm: Communicator,
+    call: Mapping[str, Any],
+    q_len: int = 0,
+    kv_len: int = 0,
+    error: ValueError | None = None,
+) -> list[tuple[int, int]]:
+    """Every rank's (q_len, kv_len), once all ranks were found to make the same `call`.
+
+    `call` names every argument that must be equal, as JSON values. A rank whose own arguments are wrong passes
+    its `error` instead of leaving the others to wait.
+    Traffic: 64 bytes to each other rank; a second all-gather, of the descriptions, only on a mismatch.
+    Raises: Mismatch on every rank, naming the argument, its values and the ranks; `error` where it was given.
+    """
+    text = json.dumps(call, sort_keys=True) if error is None else f"{type(error).__name__}: {error}"
+    description = text.encode()
+    digest = hashlib.blake2b(description, digest_size=16).digest()
+    description = description[:_MAX_DESCRIPTION_BYTES]
+    header = _HEADER.pack(_MAGIC, _VERSION, error is not None, q_len, kv_len, len(description), digest)
+    if comm.size == 1:
+        if error is not None:
+            raise error
+        return [(q_len, kv_len)]
+    gathered = comm.all_gather(torch.frombuffer(bytearray(header), dtype=torch.uint8))
+    headers = [_HEADER.unpack(part.numpy().tobytes()) for part in gathered]
+    for rank, (magic, version, *_) in enumerate(headers):
+        if (magic, version) != (_MAGIC, _VERSION):
+            raise Mismatch(f"rank {rank} does not speak shardsum's protocol version {_VERSION}.")
+    failed = [rank for rank, h in enumerate(headers) if h[2]]
+    if not failed and all(h[6] == digest for h in headers):
+        return [(h[3], h[4]) for h in headers]
+    texts = _gather_descriptions(comm, description, [h[5] for h in headers])
+    if error is not None:
+        raise error
+    if failed:
+        raise Mismatch("; ".join(f"rank {rank} could not take part: {texts[rank]}" for rank in failed))
+    raise Mismatch(_differences(texts))
+
+
+def _gather_descriptions(comm: Communicator, description: bytes, sizes: Sequence[int]) -> list[str]:
+    if any(not 0 <= size <= _MAX_DESCRIPTION_BYTES for size in sizes):
+        raise Mismatch("a rank announced a description of impossible length.")
+    part = torch.frombuffer(bytearray(description), dtype=torch.uint8)
+    parts = comm.all_gather(part, [(size,) for size in sizes])
+    return [part.numpy().tobytes().decode(errors="replace") for part in parts]
+
+
+def _differences(texts: Sequence[str]) -> str:
+    """One sentence per argument that is not the same on all ranks."""
+    try:
+        calls = [json.loads(text) for text in texts]
+    except json.JSONDecodeError:  # a description longer than the cap was cut
+        return "the ranks made different calls, too long to compare argument by argument."
+    sentences = []
+    for name in sorted({name for call in calls for name in call}):
+        by_value: dict[str, list[int]] = {}
+        for rank, call in enumerate(calls):
+            by_value.setdefault(json.dumps(call.get(name)), []).append(rank)
+        if len(by_value) > 1:
+            values = ", ".join(f"{value} on rank {_listed(ranks)}" for value, ranks in by_value.items())
+            sentences.append(f"{name} must be the same on every rank: got {values}.")
+    return " ".join(sentences)
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))

@@ -1,0 +1,92 @@
+"""Ranks as threads of one process: for tests, notebooks and closures; and the one rank that is alone."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from threading import Condition
+
+from torch import Tensor
+
+from ..errors import RankLost
+from .base import DEFAULT_DEADLINE_SECONDS, Communicator
+
+
+class Hub:
+    """Where the threads of one group leave messages for each other: a queue from each rank to each other."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._changed = Condition()
+        self._queues: dict[tuple[int, int], deque[Tensor]] = {
+            (source, to): deque() for source in range(size) for to in range(size)
+        }
+        self._lost: int | None = None
+
+    def put(self, source: int, to: int, message: Tensor) -> None:
+        with self._changed:
+            self._queues[source, to].append(message)
+            self._changed.notify_all()
+
+    def get(self, source: int, to: int, deadline_seconds: float) -> Tensor:
+        queue = self._queues[source, to]
+        end = time.monotonic() + deadline_seconds
+        with self._changed:
+            while not queue:
+                if self._lost is not None:
+                    raise RankLost(f"rank {self._lost} is gone; rank {to} was waiting for rank {source}.")
+                if not self._changed.wait(end - time.monotonic()):
+                    raise RankLost(f"rank {source} sent nothing to rank {to} within {deadline_seconds:g} s.")
+            return queue.popleft()
+
+    def abandon(self, rank: int) -> None:
+        """Tell everyone who waits that this rank will send nothing more."""
+        with self._changed:
+            self._lost = rank if self._lost is None else self._lost
+            self._changed.notify_all()
+
+
+class ThreadCommunicator(Communicator):
+    """A rank that is a thread; what it sends is copied once, so the sender may reuse its buffers."""
+
+    transport = "threads"
+
+    def __init__(self, hub: Hub, rank: int, deadline_seconds: float = DEFAULT_DEADLINE_SECONDS) -> None:
+        super().__init__(rank, hub.size, deadline_seconds)
+        self._hub = hub
+
+    def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
+        self._all_to_all([send.clone()] * self.size, receive, sizes)
+
+    def _all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
+        for to, message in enumerate(send):
+            self._hub.put(self.rank, to, message.clone() if message._base is not None else message)
+        for source, piece in enumerate(receive.split(sizes)):
+            piece.copy_(self._hub.get(source, self.rank, self.deadline_seconds))
+
+    def _exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]:
+        self._hub.put(self.rank, to, send.clone())
+        return lambda: self._receive(receive, source)
+
+    def _receive(self, receive: Tensor, source: int) -> None:
+        receive.copy_(self._hub.get(source, self.rank, self.deadline_seconds))
+
+
+class SingleCommunicator(Communicator):
+    """The only rank there is: every collective is a copy."""
+
+    transport = "single"
+
+    def __init__(self, deadline_seconds: float = DEFAULT_DEADLINE_SECONDS) -> None:
+        super().__init__(0, 1, deadline_seconds)
+
+    def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
+        receive.copy_(send)
+
+    def _all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
+        receive.copy_(send[0])
+
+    def _exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]:
+        receive.copy_(send)
+        return lambda: None

@@ -1,0 +1,24 @@
+"""Hugging Face models over sharded keys and values: load one, run its attention on all ranks, generate.
+
+    model, tokenizer = load("path/to/model")
+    tokens = generate(model, input_ids, comm=comm)            # the same tokens on every rank
+
+Every rank holds the whole model and a part of the KV cache. The prompt is cut: a rank runs the model on its own
+tokens only, and attention is the one place where tokens meet, so it is the one place where ranks do.
+"""
+
+from __future__ import annotations
+
+try:
+    import transformers as _transformers  # noqa: F401
+except ModuleNotFoundError as missing:
+    raise ImportError(
+        "shardsum.hf needs the package transformers: pip install shardsum[hf]", name=missing.name
+    ) from missing
+
+from .cache import ShardedCache
+from .generation import generate
+from .loading import load
+from .session import Session, sharded
+
+__all__ = ["Session", "ShardedCache", "generate", "load", "sharded"]

@@ -1,0 +1,166 @@
+"""Transformers' `Cache` over `shardsum.KVCache`: lengths are global, keys and values are wherever they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..cache import KVCache
+from ..comm import Communicator
+from ..errors import Unsupported
+from ..layouts import Layout
+from .masks import IntervalMask
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model caches: so many layers, each with the same heads."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    v_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Part:
+    """One forward pass over this rank's `local` of `total` new tokens.
+
+    No model runs on zero tokens, so a rank without any runs on one stand-in, which goes no further than here.
+    """
+
+    layout: Layout
+    local: int
+    total: int
+
+
+class LayerLength(CacheLayerMixin):  # type: ignore[misc]
+    """One layer as Transformers sees it: only its global length; the tensors belong to `ShardedCache`."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, cache: ShardedCache) -> None:
+        super().__init__()
+        self.cache, self.length = cache, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        raise Unsupported("a layer of a sharded cache is updated through its cache: cache.update(k, v, layer).")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        part = self.cache.part
+        return self.length + (query_length if part is None else part.total), 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class ShardedCache(Cache):  # type: ignore[misc]
+    """The keys and values of all tokens so far, spread over the ranks.
+
+    `update` keeps this rank's part of the new tokens and returns them as they came; `attend` is what looks at
+    all of them. `part` is set while the forward pass runs on this rank's shard of the tokens.
+    """
+
+    def __init__(self, comm: Communicator, shape: Shape) -> None:
+        super().__init__(layers=[LayerLength(self) for _ in range(shape.layers)])
+        self.store = KVCache(
+            comm=comm,
+            layers=shape.layers,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            v_dim=shape.v_dim,
+            dtype=shape.dtype,
+            device=shape.device,
+        )
+        self.part: Part | None = None
+        self.updated: set[int] = set()
+        self.batch = 0
+
+    @property
+    def bytes_held(self) -> int:
+        """How much of the keys and values lies on this rank."""
+        return self.store.bytes_held
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append the new tokens of one layer, and return them unchanged."""
+        if self.part is None:
+            self.store.append(layer_idx, key_states, value_states)
+            self.layers[layer_idx].length += key_states.shape[2]
+        else:
+            k, v = (states[:, :, : self.part.local] for states in (key_states, value_states))
+            self.store.append(layer_idx, k, v, layout=self.part.layout)
+            self.layers[layer_idx].length += self.part.total
+        self.updated.add(layer_idx)
+        self.batch = key_states.shape[0]
+        return key_states, value_states
+
+    def attend(self, layer: int, q: Tensor, mask: IntervalMask, scale: float | None) -> Tensor:
+        """The attention of the new queries over all tokens so far.
+
+        Shapes: q (batch, q_heads, new tokens on this rank, head_dim); the result has v_dim instead.
+        """
+        self.updated.discard(layer)
+        key_range = None
+        if mask.start is not None:
+            start = mask.start.to("cpu", torch.int64)
+            key_range = (start, torch.full_like(start, self.layers[layer].length))
+        window = None if mask.left is None else (mask.left, 0)
+        if self.part is None:
+            return self.store.attend(layer, q, causal=True, window=window, key_range=key_range, scale=scale)
+        out = self.store.attend(
+            layer,
+            q[:, :, : self.part.local],
+            causal=True,
+            window=window,
+            key_range=key_range,
+            scale=scale,
+            q_replicated=False,
+            layout=self.part.layout,
+        )
+        stand_ins = q.shape[2] - self.part.local
+        return torch.nn.functional.pad(out, (0, 0, 0, stand_ins)) if stand_ins else out
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, as beams need it."""
+        if repeats > 1:
+            self._select(torch.arange(self.batch).repeat_interleave(repeats))
+
+    def _select(self, rows: Tensor) -> None:
+        if self.get_seq_length():
+            self.store.reorder(rows)
+            self.batch = len(rows)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; Transformers passes their number negated."""
+        if tokens_to_remove:
+            length = max(self.get_seq_length() - abs(tokens_to_remove), 0)
+            self.store.crop(length)
+            for layer in self.layers:
+                layer.length = length
+
+    def reset(self) -> None:
+        self.store.reset()
+        for layer in self.layers:
+            layer.length = 0

@@ -1,0 +1,251 @@
+"""Text generation over sharded keys and values: the prompt in shards, then token by token, ranks in step."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
+
+from ..comm import Communicator, agree
+from ..errors import Unsupported
+from ..layouts import Layout
+from .cache import ShardedCache
+from .masks import padding_start
+from .session import Session, sharded
+
+_REFUSED = {
+    "assistant_model": "assisted decoding",
+    "custom_generate": "a decoding loop of your own",
+    "inputs_embeds": "prompts given as embeddings",
+    "negative_prompt_ids": "classifier-free guidance",
+    "prompt_lookup_num_tokens": "prompt lookup decoding",
+}
+_SAMPLING = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+_BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    comm: Communicator | None = None,
+    attention_mask: Tensor | None = None,
+    layout: str | Layout = "zigzag",
+    **arguments: Any,
+) -> Any:
+    """What `model.generate` returns, the same on every rank, with the KV cache spread over the ranks.
+
+    `arguments` are those of `model.generate`. All but the last prompt token are prefilled in shards, each rank
+    running the model on its own; then all ranks decode together. Rank 0 chooses the tokens and decides when to
+    stop, so ranks stay in step whatever their random generators say; a `streamer` is heard on rank 0.
+    `prefill_chunk_size` prefills that many tokens (of all ranks together) at a time.
+
+    Shapes: input_ids (batch, tokens), the same on every rank; attention_mask alike, with padding on the left.
+    Raises: Unsupported for models, masks and ways of decoding that can't be sharded; ValueError where prompt
+    and new tokens exceed the model's positions; Mismatch where the ranks' prompts or settings differ.
+    """
+    wanted = _requested_length(model, input_ids, attention_mask, arguments)
+    with sharded(model, comm, layout, positions=wanted) as session:
+        return generate_in(session, input_ids, attention_mask=attention_mask, **arguments)
+
+
+def generate_in(session: Session, input_ids: Tensor, **arguments: Any) -> Any:
+    """`generate` in an open session. `past_key_values` may be a cache of that session that holds a first part."""
+    for name, what in _REFUSED.items():
+        if arguments.get(name) is not None:
+            raise Unsupported(f"{what} ({name}) is not supported over sharded keys. Use sampling or beams.")
+    cache = arguments.pop("past_key_values", None)
+    cache = session.new_cache() if cache is None else cache
+    if not isinstance(cache, ShardedCache):
+        raise Unsupported(f"past_key_values must be a session's new_cache(): got {type(cache).__name__}.")
+    criteria = StoppingCriteriaList(arguments.pop("stopping_criteria", None) or [])
+    # Transformers hands neither the streamer nor the tokenizer on to a decoding loop that is passed in.
+    tokenizer, stop_strings = arguments.pop("tokenizer", None), arguments.pop("stop_strings", None)
+    if stop_strings is not None:
+        if tokenizer is None:
+            raise ValueError("stop_strings needs the tokenizer: pass tokenizer=... too.")
+        criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    streamer = arguments.pop("streamer", None)
+    loop = _Loop(session, streamer if session.comm.rank == 0 else None)
+    return session.model.generate(
+        input_ids,
+        past_key_values=cache,
+        stopping_criteria=criteria,
+        custom_generate=loop.decode,
+        streamer=loop.streamer,
+        **arguments,
+    )
+
+
+class _Loop:
+    """Transformers' decoding loop between a sharded prefill and ranks kept in step.
+
+    It runs where `model.generate` would start decoding, when mask, positions and beams are laid out already.
+    """
+
+    def __init__(self, session: Session, streamer: Any) -> None:
+        self.session, self.streamer = session, streamer
+
+    def decode(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Any:
+        comm = self.session.comm
+        agree(
+            comm,
+            _call(input_ids, generation_config, model_kwargs),
+            error=self._problem(generation_config, input_ids, model_kwargs),
+        )
+        beams = generation_config.get_generation_mode() in _BEAMS
+        self._prefill(input_ids, generation_config, model_kwargs)
+        stopping_criteria = _RankZeroDecides(stopping_criteria, comm)
+        if beams:
+            logits_processor.append(_RankZeroScores(comm))
+        else:
+            model_kwargs["streamer"] = self.streamer
+        loop = type(model)._beam_search if beams else type(model)._sample
+        return loop(
+            model,
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            **model_kwargs,
+        )
+
+    def _prefill(self, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+        """All tokens but the last into the cache, once for each prompt, then one copy for each beam."""
+        cache = model_kwargs["past_key_values"]
+        copies = max(config.num_beams, config.num_return_sequences)
+        mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+        start, stop = cache.get_seq_length(), input_ids.shape[1] - 1
+        chunk = config.prefill_chunk_size or max(stop - start, 1)
+        config.prefill_chunk_size = None
+        for begin in range(start, stop, chunk):
+            end = min(begin + chunk, stop)
+            self.session.prefill(
+                cache,
+                input_ids[::copies, begin:end],
+                None if mask is None else mask[::copies, :end],
+                None if positions is None else _prompts(positions, copies)[..., begin:end],
+            )
+        cache.batch_repeat_interleave(copies)
+
+    def _problem(
+        self, config: GenerationConfig, input_ids: Tensor, model_kwargs: dict[str, Any]
+    ) -> ValueError | None:
+        """What is wrong with the call, if anything."""
+        mode, cache = config.get_generation_mode(), model_kwargs["past_key_values"]
+        kind, length = type(self.session.model).__name__, input_ids.shape[1]
+        if mode not in (*_SAMPLING, *_BEAMS):
+            return Unsupported(f"{mode.value} is not supported over sharded keys. Use sampling or beam search.")
+        if mode is GenerationMode.BEAM_SAMPLE and self.session.comm.size > 1:
+            return Unsupported("beam search with do_sample=True can't be kept in step. Use one of the two.")
+        if config.output_attentions:
+            return Unsupported("output_attentions=True: attention weights are never whole on one rank.")
+        if not config.use_cache:
+            return Unsupported("use_cache=False: the sharded cache is where the ranks meet.")
+        if cache.get_seq_length() >= length:
+            return ValueError(
+                f"the cache holds {cache.get_seq_length()} tokens already, and input_ids, which starts with "
+                f"these, has {length}: at least one more is needed."
+            )
+        if cache.get_seq_length() and max(config.num_beams, config.num_return_sequences) > 1:
+            return Unsupported("several sequences from one prompt need an empty cache.")
+        try:
+            start = padding_start(model_kwargs.get("attention_mask"), length)
+        except Unsupported as error:
+            return error
+        padding = 0 if start is None else int(start.min())
+        if config.max_length - padding > self.session.positions:
+            return ValueError(
+                f"{kind} was checked for {self.session.positions} positions: got a prompt of {length - padding} "
+                f"tokens and up to {config.max_length - length} new ones. Ask for fewer."
+            )
+        return None
+
+
+class _RankZeroDecides(StoppingCriteriaList):  # type: ignore[misc]
+    """Rank 0's new tokens and its decision to stop, on every rank; the other ranks' criteria are not asked.
+
+    `_sample` calls the criteria with the very tensor that it goes on with, so the tokens are written into it.
+    Traffic: two int64 for each row, from rank 0 to each other rank.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, comm: Communicator) -> None:
+        super().__init__(criteria)
+        self.comm = comm
+
+    def __call__(self, input_ids: Tensor, scores: Any, **arguments: Any) -> Tensor:
+        stop = torch.empty(0)
+        if self.comm.rank == 0:
+            stop = super().__call__(input_ids, scores, **arguments)
+            if self.comm.size == 1:
+                return stop
+            stop = torch.stack([input_ids[:, -1], stop.to(input_ids.dtype)])
+        tokens, stop = _from_rank_zero(self.comm, stop, (2, len(input_ids)), input_ids)
+        input_ids[:, -1] = tokens
+        return stop.bool()
+
+
+class _RankZeroScores(LogitsProcessor):  # type: ignore[misc]
+    """Rank 0's scores on every rank: equal scores give equal beams. Traffic: the scores, from rank 0."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self.comm = comm
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores if self.comm.size == 1 else _from_rank_zero(self.comm, scores, scores.shape, scores)
+
+
+def _from_rank_zero(comm: Communicator, part: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Rank 0's `part`, of that shape, with dtype and device of `like`; other ranks' is not looked at."""
+    mine = part.to(like.dtype) if comm.rank == 0 else like.new_empty((0,))
+    return comm.all_gather(mine, [tuple(shape), *[(0,)] * (comm.size - 1)])[0]
+
+
+def _prompts(positions: Tensor, copies: int) -> Tensor:
+    """One row for each prompt: positions are expanded with the prompts unless they have one row for all."""
+    return positions if positions.shape[0] == 1 else positions[::copies]
+
+
+def _call(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What has to be the same on every rank, tensors by their digest."""
+
+    def digest(tensor: Tensor | None) -> str | None:
+        if tensor is None:
+            return None
+        content = tensor.detach().cpu().to(torch.int64).contiguous().numpy().tobytes()
+        return f"{tuple(tensor.shape)} {hashlib.blake2b(content, digest_size=8).hexdigest()}"
+
+    return {
+        "call": "hf.generate",
+        "input_ids": digest(input_ids),
+        "attention_mask": digest(model_kwargs.get("attention_mask")),
+        "cached": model_kwargs["past_key_values"].get_seq_length(),
+        "max_length": config.max_length,
+        "num_beams": config.num_beams,
+        "num_return_sequences": config.num_return_sequences,
+        "prefill_chunk_size": config.prefill_chunk_size,
+    }
+
+
+def _requested_length(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, arguments: dict[str, Any]
+) -> int | None:
+    """Prompt and new tokens together, where the call says how many; padding does not count."""
+    config = arguments.get("generation_config") or model.generation_config
+    new = arguments.get("max_new_tokens", config.max_new_tokens)
+    if new is None:
+        length = arguments.get("max_length")
+        return None if length is None else max(int(length), input_ids.shape[1])
+    prompt = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(dim=1).max())
+    return prompt + int(new)

@@ -1,0 +1,187 @@
+"""Load a Hugging Face causal language model from the local disk, and say in one sentence why it can't be."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import struct
+import threading
+import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ..errors import Unsupported
+
+# Bump when what is stored for a GGUF file changes.
+_FORMAT = 1
+_SAMPLE_BYTES = 1 << 20
+# What readers of configuration, safetensors and GGUF files raise for files that are not what they should be.
+_BROKEN_FILE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    IndexError,
+    TypeError,
+    SafetensorError,
+    struct.error,
+)
+
+# Transformers' verbosity, progress bars and Python's warning filters are global: one thread at a time.
+_quiet_lock = threading.RLock()
+
+
+def load(path: str | os.PathLike[str], gguf_file: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """(model, tokenizer) of a causal language model on this machine, ready to generate.
+
+    `path` is a folder with config.json and safetensors, a GGUF file, or a folder with one (or `gguf_file` in
+    it). Nothing is downloaded, no code from the model's folder is run and nothing is printed. A GGUF file is
+    converted once, into `$XDG_CACHE_HOME/shardsum` (or `~/.cache/shardsum`).
+
+    Raises: ValueError of one line: no such path, not a model, a broken or incomplete file, not a causal
+    language model.
+    """
+    folder, gguf = _find(Path(path).expanduser(), gguf_file)
+    if gguf is not None:
+        folder = _converted(gguf, dtype)
+    with quiet(), _one_line(path):
+        return _from_folder(folder, dtype)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Transformers prints nothing inside, whatever it would like to warn of; settings are put back."""
+    from transformers.utils import logging
+
+    with _quiet_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity(logging.CRITICAL)
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _one_line(path: object) -> Iterator[None]:
+    """Whatever a reader of files says, as one ValueError of one line."""
+    try:
+        yield
+    except Unsupported:
+        raise
+    except _BROKEN_FILE as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"can't load a model from {path}: {reason}") from error
+
+
+def _find(path: Path, gguf_file: str | None) -> tuple[Path, Path | None]:
+    """The model's folder, and the GGUF file if it is one."""
+    if not path.exists():
+        raise ValueError(f"no such model: {path} does not exist. Only models on this machine are loaded.")
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{path} is not a model: expected a folder with config.json, or a .gguf file.")
+        return path.parent, path
+    if gguf_file is not None:
+        if not (path / gguf_file).is_file():
+            raise ValueError(f"no such model: {path} has no file {gguf_file}.")
+        return path, path / gguf_file
+    if (path / "config.json").is_file():
+        return path, None
+    files = sorted(path.glob("*.gguf"))
+    if len(files) != 1:
+        found = f"{len(files)} GGUF files; choose one with gguf_file" if files else "neither"
+        raise ValueError(f"{path} is not a model: expected config.json or one .gguf file in it, found {found}.")
+    return path, files[0]
+
+
+def _from_folder(folder: Path, dtype: torch.dtype, **where: str) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    local = {"local_files_only": True, "trust_remote_code": False, **where}
+    _check_causal(AutoConfig.from_pretrained(folder, **local))
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **local
+    )
+    # Transformers fills weights that the file lacks with random numbers.
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if absent:
+        raise ValueError(
+            f"the file lacks {len(absent)} of the model's weights, or has them in other shapes: {absent[0]}."
+        )
+    return model.eval(), AutoTokenizer.from_pretrained(folder, **local)
+
+
+def _check_causal(config: Any) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    names = config.architectures or []
+    kind = names[0] if names else config.model_type
+    causal = {name for entry in CAUSAL.values() for name in ((entry,) if isinstance(entry, str) else entry)}
+    if config.is_encoder_decoder:
+        raise ValueError(f"{kind} is an encoder-decoder model, not a causal language model.")
+    if config.model_type not in CAUSAL or (names and not causal & set(names)):
+        raise ValueError(f"{kind} is not a causal language model.")
+
+
+def _converted(gguf: Path, dtype: torch.dtype) -> Path:
+    """A folder with the GGUF file's model as safetensors: made on the first call, then found again.
+
+    Several processes and threads may ask at once: one converts, under a lock; the result appears whole.
+    """
+    from filelock import FileLock
+
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardsum"
+    target = root / f"{gguf.stem}-{_identity(gguf, dtype)}"
+    if target.is_dir():
+        return target
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"), quiet():
+        if target.is_dir():
+            return target
+        scratch = root / f".{target.name}-{uuid.uuid4().hex}"
+        try:
+            with _one_line(gguf):
+                model, tokenizer = _from_folder(gguf.parent, dtype, gguf_file=gguf.name)
+                _forget_quantization(model)
+                model.save_pretrained(scratch)
+                tokenizer.save_pretrained(scratch)
+            # A file system without locks lets two convert: the later one finds the first one's result.
+            with contextlib.suppress(FileExistsError):
+                scratch.rename(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _identity(file: Path, dtype: torch.dtype) -> str:
+    """Which file it is: its size, time and both ends, and what is made of it."""
+    stat = file.stat()
+    with file.open("rb") as stream:
+        head = stream.read(_SAMPLE_BYTES)
+        stream.seek(max(stat.st_size - _SAMPLE_BYTES, 0))
+        tail = stream.read()
+    parts = f"{_FORMAT} {stat.st_size} {stat.st_mtime_ns} {dtype}".encode()
+    return hashlib.blake2b(parts + head + tail, digest_size=10).hexdigest()
+
+
+def _forget_quantization(model: Any) -> None:
+    """The weights are plain by now; `save_pretrained` would refuse them as those of a quantized model."""
+    for owner, name in (
+        (model, "hf_quantizer"),
+        (model, "is_quantized"),
+        (model.config, "quantization_config"),
+    ):
+        if hasattr(owner, name):
+            delattr(owner, name)

@@ -1,0 +1,159 @@
+"""The mask of one layer as an interval of keys per query, derived from the function Transformers builds.
+
+Transformers describes a mask as a function of (batch, head, query, key) indices. Ours are intervals: a causal
+row sees the last `left + 1` keys up to its own, or all of them. The function is *evaluated*, not recognised by
+name, so a mask that is something else (chunked, bidirectional, a prefix, packed documents) is found and refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..errors import Unsupported
+
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+_SAMPLED_ROWS = 16
+_SAMPLED_KEYS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class IntervalMask:
+    """What travels through the model in place of a mask: `left` keys before a row's own, from `start` on.
+
+    A model that computes with its mask (adds a bias, slices it) means another mask than this one; every such
+    use is refused. `problem` says why the mask that was asked for is no interval: it is an error only once a
+    layer attends with it, since models also build masks that none of their layers uses.
+    Shapes: `start` (batch,), the first key of each row that is not padding; None without padding.
+    """
+
+    left: int | None = None
+    start: Tensor | None = None
+    problem: Unsupported | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        _refuse_use(f"reads its {name!r}")
+
+    def __getitem__(self, index: object) -> NoReturn:
+        _refuse_use("slices it")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: object, **__: object) -> NoReturn:
+        _refuse_use(f"passes it to torch's {getattr(function, '__name__', function)}")
+
+
+def _refuse_use(what: str) -> NoReturn:
+    raise Unsupported(f"the model computes with its attention mask (it {what}), which changes what a token sees.")
+
+
+def interval_mask(
+    mask_function: MaskFunction,
+    attention_mask: Tensor | None,
+    batch: int,
+    q_offset: int,
+    kv_length: int,
+    device: torch.device,
+) -> IntervalMask:
+    """The interval mask of the queries at positions q_offset .. kv_length - 1.
+
+    Its `problem` is set where `mask_function` is not causal with at most a window, or padding is not on the left.
+    """
+    try:
+        left = window_left(mask_function, batch, q_offset, kv_length, device)
+        return IntervalMask(left, padding_start(attention_mask, kv_length))
+    except Unsupported as problem:
+        return IntervalMask(problem=problem)
+
+
+def window_left(
+    mask_function: MaskFunction, batch: int, q_offset: int, kv_length: int, device: torch.device
+) -> int | None:
+    """How many keys before its own a query sees; None is all.
+
+    The last row is checked whole, the others in samples.
+    Raises: Unsupported where the mask is not causal with at most a window.
+    """
+    if kv_length <= 0 or q_offset >= kv_length:
+        return None
+    last = torch.tensor([kv_length - 1], device=device)
+    every_key = torch.arange(kv_length, device=device)
+    visible = _evaluate(mask_function, batch, last, every_key)
+    first = int(visible[0, 0].int().argmax())
+    left = None if first == 0 else kv_length - 1 - first
+    _compare(visible, left, last, every_key)
+    rows, keys = _sample(q_offset, kv_length, left, device)
+    if len(rows) > 1:
+        _compare(_evaluate(mask_function, batch, rows, keys), left, rows, keys)
+    return left
+
+
+def padding_start(attention_mask: Tensor | None, kv_length: int) -> Tensor | None:
+    """The first key of each row that is not padding; None where nothing is padded.
+
+    Raises: Unsupported for padding on the right, for holes, and for masks that are not (batch, kv_length).
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2 or attention_mask.shape[1] != kv_length:
+        raise Unsupported(
+            f"attention_mask must be (batch, {kv_length}), one value for each token so far: "
+            f"got {tuple(attention_mask.shape)}."
+        )
+    kept = attention_mask.bool()
+    if bool(kept.all()):
+        return None
+    start = kv_length - kept.sum(dim=1)
+    if not torch.equal(kept, torch.arange(kv_length, device=kept.device) >= start[:, None]):
+        raise Unsupported(
+            "attention_mask may only hide tokens on the left of a row: got padding on the right, or a hole. "
+            "Pad on the left (tokenizer.padding_side = 'left')."
+        )
+    return start
+
+
+def _evaluate(mask_function: MaskFunction, batch: int, rows: Tensor, keys: Tensor) -> Tensor:
+    """What the mask lets the given rows see of the given keys: (batch, rows, keys), bool."""
+    sequence = torch.arange(batch, device=rows.device)[:, None, None]
+    head = torch.zeros_like(sequence)
+    try:
+        visible = mask_function(sequence, head, rows[None, :, None], keys[None, None, :])
+    except (IndexError, TypeError) as error:
+        raise Unsupported(
+            f"the attention mask is not a rule for all positions but a table ({error}); only causal masks, "
+            "with or without a sliding window, are supported."
+        ) from error
+    return torch.as_tensor(visible, device=rows.device).bool().expand(batch, len(rows), len(keys))
+
+
+def _compare(visible: Tensor, left: int | None, rows: Tensor, keys: Tensor) -> None:
+    distance = rows[:, None] - keys[None, :]
+    expected = (distance >= 0) if left is None else (distance >= 0) & (distance <= left)
+    wrong = (visible != expected).nonzero()
+    if len(wrong):
+        _, row, key = wrong[0].tolist()
+        sees = "sees" if visible[tuple(wrong[0])] else "does not see"
+        shape = "a causal mask" if left is None else f"a causal sliding window of {left + 1} tokens"
+        raise Unsupported(
+            f"the attention mask is not {shape}: position {int(rows[row])} {sees} key {int(keys[key])}. "
+            "Bidirectional, prefix, chunked and packed masks are not supported yet."
+        )
+
+
+def _sample(q_offset: int, kv_length: int, left: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows among the queries and keys among all, the edges of the expected interval included."""
+    spread = torch.linspace(q_offset, kv_length - 1, _SAMPLED_ROWS, device=device).long()
+    reach = kv_length if left is None else left
+    edges = torch.tensor([q_offset + reach + step for step in (-1, 0, 1)], device=device)
+    rows = torch.cat([spread, edges.clamp(q_offset, kv_length - 1)])
+    if kv_length <= _SAMPLED_KEYS:
+        return rows, torch.arange(kv_length, device=device)
+    steps = torch.arange(-1, 2, device=device)
+    near = torch.cat([(rows[:, None] + steps).flatten(), (rows[:, None] - reach + steps).flatten()])
+    far = torch.linspace(0, kv_length - 1, _SAMPLED_KEYS, device=device).long()
+    return rows, torch.cat([near.clamp(0, kv_length - 1), far])

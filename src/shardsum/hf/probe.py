@@ -1,0 +1,263 @@
+"""Whether a model's tokens meet in plain softmax attention and nowhere else, found out by running it.
+
+A list of supported architectures would always be out of date, and wrong for a variant. Instead, four questions
+are put to the model itself, in a few forward passes over seven tokens:
+
+1. With attention replaced by one that mixes nothing (each token receives its own value), does changing one token
+   change anything at the others? Then something else mixes tokens: a convolution, a state space, a recurrence.
+2. Run on some of its tokens only, with their positions, does the model compute the same at these tokens? If not,
+   it does not place tokens by `position_ids` alone, and a shard would come out differently.
+3. Does the model over our cache give the same logits as over its own attention? If not, its scores are not
+   `scale * q.k` under the mask we were told of.
+4. Does every layer attend once, over one pair of keys and values that it put into the cache, with a causal
+   mask, windowed or not, up to the longest position?
+
+The first module at which a comparison fails is named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..comm import connect
+from ..errors import Unsupported
+from .cache import Part, Shape, ShardedCache
+from .loading import quiet
+from .masks import IntervalMask
+from .session import Session, takes
+
+TOKENS, CHANGED, SHARD = 7, 1, [0, 2, 3]
+# Rounding differs with the shape of a matrix product; relative to the largest element of a tensor.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+
+# What a module was given and returned, its output last.
+Outputs = dict[str, list[Tensor]]
+
+
+def probe(session: Session, name: str) -> Shape:
+    """The shape of the model's cache. `name` is under which the session is registered; it is in use afterwards.
+
+    Raises: Unsupported, naming the module or option, for a model that can't be sharded without changing its
+    results; ValueError for a model in training mode.
+    """
+    model = session.model
+    _check_kind(model)
+    probing = _Probe(session)
+    try:
+        with torch.no_grad():
+            own = _run(session, _tokens(model), **_whole(TOKENS))
+            with quiet():  # it warns where a model's attention can't be chosen; the probe finds out
+                model.set_attn_implementation(name)
+            session.probe = probing
+            shape = _check_mixing(session, probing)
+            session.probe = None
+            _check_scores(session, shape, own)
+    except (AttributeError, TypeError) as error:
+        raise Unsupported(f"{type(model).__name__} can't run over a sharded cache: {error}") from error
+    finally:
+        session.probe = None
+        session.caches.clear()
+    return shape
+
+
+def _check_kind(model: PreTrainedModel) -> None:
+    kind = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise Unsupported(f"{kind} is an encoder-decoder model; only decoder-only language models are supported.")
+    if not model.can_generate():
+        raise Unsupported(f"{kind} does not generate text; a causal language model is needed.")
+    if model.training:
+        raise ValueError(f"{kind} is in training mode: call model.eval() first.")
+
+
+def _check_mixing(session: Session, probing: _Probe) -> Shape:
+    """Questions 1, 2 and 4."""
+    model, device = session.model, session.model.device
+    tokens = _tokens(model).repeat(2, 1)
+    tokens[1, CHANGED] = tokens[0, -1]
+    positions = torch.arange(TOKENS, device=device)
+    positions[-1] = max(session.positions - 1, TOKENS - 1)
+    inputs = {"attention_mask": torch.ones_like(tokens), "position_ids": positions.expand(2, -1)}
+    whole = _run(session, tokens, **inputs)
+    others = [t for t in range(TOKENS) if t != CHANGED]
+    mixer = _first_difference(model, _rows(whole, 0, others), _rows(whole, 1, others))
+    if mixer is not None:
+        raise Unsupported(
+            f"{mixer} mixes tokens outside of Transformers' AttentionInterface (a convolution, a recurrence, a "
+            "state space, or attention of its own); only models whose tokens meet nowhere else can be sharded."
+        )
+    shape = probing.shape(session)
+    for argument in ("position_ids", "past_key_values"):
+        if not takes(model, argument):
+            raise Unsupported(
+                f"{type(model).__name__} takes no {argument}, so a rank can't run it on its share of the tokens."
+            )
+    cache = _EchoCache(session, shape)
+    cache.part = Part(session.layout, local=len(SHARD), total=TOKENS)
+    padded = torch.ones_like(tokens[:1])
+    padded[0, 0] = 0
+    inputs = {"attention_mask": padded, "position_ids": positions[None, SHARD], "past_key_values": cache}
+    part = _run(session, tokens[:1, SHARD], use_cache=True, **inputs)
+    shard_only = _first_difference(model, _rows(whole, 0, SHARD), _rows(part, 0, range(len(SHARD))))
+    if shard_only is not None:
+        raise Unsupported(
+            f"{shard_only} computes something else for a token when others are on another rank (its rotary "
+            f"embedding or positions depend on the whole sequence, here of up to {session.positions} tokens)."
+        )
+    return shape
+
+
+def _check_scores(session: Session, shape: Shape, own: Outputs) -> None:
+    """Question 3: the last token decoded over our cache on one rank, the others prefilled."""
+    model, tokens = session.model, _tokens(session.model)
+    cache = ShardedCache(connect("single"), shape)
+    session.caches.add(cache)
+    inputs = _whole(TOKENS - 1)
+    _run(session, tokens[:, :-1], past_key_values=cache, use_cache=True, **inputs)
+    last = torch.full_like(tokens[:, -1:], TOKENS - 1)
+    ours = _run(session, tokens[:, -1:], past_key_values=cache, position_ids=last, use_cache=True)
+    wrong = _first_difference(model, _rows(own, 0, [TOKENS - 1]), _rows(ours, 0, [0]))
+    if wrong is not None:
+        raise Unsupported(
+            f"{wrong} computes something else than softmax(scale * q.k) v under a causal mask (a bias, sink, "
+            "cap or penalty on its scores), which is not supported yet."
+        )
+
+
+class _Probe:
+    """Stands in for attention: mixes nothing, and writes down what it was given."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.shapes: dict[object, Shape] = {}
+        self.seen: Outputs = {}
+        self.echo: _EchoCache | None = None
+
+    def attend(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | None
+    ) -> Tensor:
+        where, layer = self.session.describe(module), getattr(module, "layer_idx", None)
+        for what, states in (("queries", q), ("keys", k), ("values", v)):
+            name = f"the {what} of {where}"
+            if name in self.seen:
+                raise Unsupported(f"{where} attends more than once in one pass, which is not supported.")
+            self.seen[name] = [states.transpose(1, 2).detach().clone()]
+        if q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+            raise Unsupported(
+                f"{where} attends with {q.shape[1]} query heads, {k.shape[1]} key heads over {k.shape[2]} keys "
+                f"for {q.shape[2]} tokens: keys and values must be those of the tokens themselves."
+            )
+        if self.echo is not None:
+            self.echo.check(where, layer, k, v)
+        self.shapes[layer] = Shape(0, k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device)
+        return v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+
+    def shape(self, session: Session) -> Shape:
+        """The cache's shape. Raises: Unsupported where a layer did not attend, or layers differ."""
+        kind, layers = type(session.model).__name__, session.model.config.get_text_config(decoder=True)
+        count = layers.num_hidden_layers
+        if set(self.shapes) != set(range(count)):
+            silent = sorted(set(range(count)) - set(self.shapes))
+            raise Unsupported(
+                f"{kind}: {len(silent)} of {count} layers (the first: {silent[0] if silent else 'none'}) do not "
+                "call the attention function; every layer must attend, numbered from 0 by layer_idx."
+            )
+        first, *rest = self.shapes.values()
+        odd = [shape for shape in rest if shape != first]
+        if odd:
+            raise Unsupported(f"{kind} caches other heads in some layers than in others: {first}, {odd[0]}.")
+        return Shape(count, first.kv_heads, first.head_dim, first.v_dim, first.dtype, first.device)
+
+
+class _EchoCache(ShardedCache):
+    """A cache that keeps nothing and checks that what is attended to is what it was given."""
+
+    def __init__(self, session: Session, shape: Shape) -> None:
+        super().__init__(connect("single"), shape)
+        self.given: dict[object, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        self.given[layer_idx] = key_states, value_states
+        return key_states, value_states
+
+    def check(self, where: str, layer: object, k: Tensor, v: Tensor) -> None:
+        given = self.given.pop(layer, None)
+        if given is None or not (torch.equal(given[0], k) and torch.equal(given[1], v)):
+            raise Unsupported(
+                f"{where} attends to other keys and values than it puts into the cache "
+                "(shared between layers, or changed afterwards), which is not supported."
+            )
+
+
+def _tokens(model: PreTrainedModel) -> Tensor:
+    """Seven different tokens, without touching a random generator: (1, 7)."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    return (torch.arange(1, TOKENS + 1, device=model.device) * 7919 % max(vocabulary, 1))[None]
+
+
+def _whole(length: int) -> dict[str, Tensor]:
+    return {
+        "position_ids": torch.arange(length)[None],
+        "attention_mask": torch.ones(1, length, dtype=torch.int64),
+    }
+
+
+def _run(session: Session, tokens: Tensor, **inputs: Any) -> Outputs:
+    """One forward pass: the logits and every module's output that has a row for each token, in order."""
+    inputs = {"use_cache": False, **inputs}
+    inputs = {name: value for name, value in inputs.items() if takes(session.model, name)}
+    inputs = {k: v.to(tokens.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    outputs: Outputs = {}
+    probing = session.probe
+    if isinstance(probing, _Probe):
+        cache = inputs.get("past_key_values")
+        probing.seen, probing.echo = outputs, cache if isinstance(cache, _EchoCache) else None
+    with quiet(), _recording(session, tokens.shape, outputs):
+        result = session.model(input_ids=tokens, **inputs)
+    outputs["the logits"] = [result.logits]
+    return outputs
+
+
+@contextlib.contextmanager
+def _recording(session: Session, shape: torch.Size, outputs: Outputs) -> Iterator[None]:
+    def of_tokens(values: Iterable[object]) -> list[Tensor]:
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        return [x.detach().clone() for x in tensors if x.ndim > 2 and x.shape[:2] == shape]
+
+    def record(module: nn.Module, args: Any, kwargs: dict[str, object], output: object) -> None:
+        result = of_tokens(output[:1] if isinstance(output, (tuple, list)) else [output])
+        if result:
+            given = of_tokens([*args, *kwargs.values()])
+            outputs.setdefault(session.describe(module), given + result)
+
+    handles = [module.register_forward_hook(record, with_kwargs=True) for module in session.model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows(outputs: Outputs, sequence: int, tokens: Sequence[int]) -> Outputs:
+    return {name: [x[sequence, list(tokens)] for x in values] for name, values in outputs.items()}
+
+
+def _first_difference(model: PreTrainedModel, expected: Outputs, actual: Outputs) -> str | None:
+    """The first module, in the order of computation, that was given the same and returned something else."""
+
+    def same(one: Tensor, other: Tensor) -> bool:
+        difference = (one.float() - other.float()).abs().max()
+        return bool(difference <= TOLERANCE.get(model.dtype, 1e-4) * one.float().abs().max())
+
+    for name, values in expected.items():
+        if name in actual:
+            *given, result = map(same, values, actual[name])
+            if all(given) and not result:
+                return name
+    return None

@@ -1,0 +1,36 @@
+"""How the sum is distributed: each strategy is one file, and all compute the same thing."""
+
+from __future__ import annotations
+
+from ..errors import Unsupported
+from .all_gather import AllGather
+from .all_reduce import AllReduce
+from .base import Call, Strategy
+from .ring import Ring
+
+STRATEGIES: dict[str, type[Strategy]] = {"all_reduce": AllReduce, "all_gather": AllGather, "ring": Ring}
+
+# Up to this many bytes of keys and values on every rank, one all-gather is simpler and overlaps nothing away.
+GATHERED_BYTES = 1 << 30
+
+__all__ = ["STRATEGIES", "AllGather", "AllReduce", "Call", "Ring", "Strategy", "as_strategy", "choose"]
+
+
+def as_strategy(strategy: str | Strategy) -> Strategy | None:
+    """The strategy itself, or a new one of that name; None for "auto", which `choose` decides per call."""
+    if isinstance(strategy, Strategy):
+        return strategy
+    if strategy == "auto":
+        return None
+    if strategy not in STRATEGIES:
+        raise Unsupported(f"strategy must be auto, {', '.join(sorted(STRATEGIES))}: got {strategy!r}.")
+    return STRATEGIES[strategy]()
+
+
+def choose(call: Call) -> Strategy:
+    """A simple rule: replicated queries go to the keys; otherwise gather keys while they fit, else a ring."""
+    if call.q_replicated:
+        return AllReduce()
+    gathered = call.keys.length * call.k.element_size() * call.k.shape[0] * call.k.shape[1]
+    gathered *= call.k.shape[3] + call.v.shape[3]
+    return AllGather() if gathered <= GATHERED_BYTES else Ring()

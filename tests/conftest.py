@@ -1,0 +1,14 @@
+"""Shapes in the signatures of the inner modules are checked while the tests run."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Not the public operations and what they refuse: their own errors for wrong shapes are tested.
+INNER = ["masks", "collectives", "kernels", "strategies"]
+install_import_hook([f"shardsum.{name}" for name in INNER], "beartype.beartype")
+
+# The machine is shared: how long an example takes says nothing.
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")

@@ -1,0 +1,224 @@
+"""Generation over ranks: padding, short prompts, sampling, beams, chunks, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny import assert_same, on_ranks, plain, prompt, tiny
+from transformers import TextStreamer
+
+from shardsum.comm import connect, launch
+from shardsum.errors import Mismatch, Unsupported
+from shardsum.hf import generate, sharded
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "OPT"])
+def test_left_padding(family: str) -> None:
+    sizes = {"OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "Mistral": {"sliding_window": 5}}
+    model = tiny(family, **sizes.get(family, {}))
+    mask = torch.ones(3, 17, dtype=torch.int64)
+    mask[0, :9], mask[2, :16] = 0, 0  # the last row is one token long
+    expected = plain(model, prompt(17, 3), attention_mask=mask, pad_token_id=0)
+    for ranks in (1, 2, 3):
+        results = on_ranks(model, prompt(17, 3), ranks, attention_mask=mask, pad_token_id=0)
+        assert_same(expected, results)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_fewer_tokens_than_ranks(tokens: int) -> None:
+    model = tiny("Llama")
+    assert_same(plain(model, prompt(tokens)), on_ranks(model, prompt(tokens), 4))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "striped", "zigzag"])
+def test_layouts(layout: str) -> None:
+    model = tiny("Mistral", sliding_window=5)
+    assert_same(plain(model, prompt(23)), on_ranks(model, prompt(23), 3, layout=layout))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_prefill_in_chunks(chunk: int) -> None:
+    model = tiny("Mistral", sliding_window=5)
+    assert_same(plain(model, prompt(23)), on_ranks(model, prompt(23), 3, prefill_chunk_size=chunk))
+
+
+def test_bfloat16_stays_close() -> None:
+    model = tiny("Llama").bfloat16()
+    expected = torch.stack(plain(model, prompt(23), max_new_tokens=1).logits)
+    for result in on_ranks(model, prompt(23), 3, max_new_tokens=1):
+        assert (result["logits"] - expected).norm() <= 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_beam_search(ranks: int) -> None:
+    model = tiny("Llama")
+    arguments = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 6}
+    expected = plain(model, prompt(11, 2), **arguments)
+    assert_same(expected, on_ranks(model, prompt(11, 2), ranks, **arguments))
+
+
+def test_beam_search_with_padding_and_an_end() -> None:
+    model = tiny("Llama")
+    mask = torch.ones(2, 11, dtype=torch.int64)
+    mask[1, :4] = 0
+    arguments = {"num_beams": 3, "attention_mask": mask, "pad_token_id": 0, "eos_token_id": list(range(0, 97, 5))}
+    expected = plain(model, prompt(11, 2), **arguments)
+    assert_same(expected, on_ranks(model, prompt(11, 2), 2, **arguments))
+
+
+def test_sampling_follows_rank_zero() -> None:
+    """Each rank draws from a generator of its own, so tokens agree only if rank 0's are taken."""
+    model = tiny("Llama")
+    ids = prompt(9, 2)
+    torch.manual_seed(11)
+    expected = plain(model, ids, do_sample=True, max_new_tokens=12).sequences
+    models = [copy.deepcopy(model) for _ in range(3)]
+
+    def run(comm: Any) -> Any:
+        chosen = _DrawsFrom(comm.rank)
+        arguments = {"do_sample": True, "max_new_tokens": 12, "logits_processor": [chosen]}
+        return generate(models[comm.rank], ids, comm=comm, **arguments)
+
+    results = launch(run, ranks=3, transport="threads")
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    alone = [model.generate(ids, max_new_tokens=12, logits_processor=[_DrawsFrom(rank)]) for rank in range(3)]
+    assert torch.equal(results[0], alone[0]), "rank 0's draws decide"
+    assert not torch.equal(alone[0], alone[1]), "the ranks would have drawn otherwise"
+    # With one rank, the global generator gives Transformers' own tokens.
+    torch.manual_seed(11)
+    single = generate(model, ids, comm=connect("single"), do_sample=True, max_new_tokens=12)
+    assert torch.equal(single, expected)
+
+
+class _DrawsFrom:
+    """A logits processor that samples with a seed: what remains is one token for each row."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        token = torch.multinomial(scores.softmax(-1), 1, generator=self.random)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+def test_rank_zero_decides_when_to_stop() -> None:
+    """A criterion that stops at another time on every rank, as a clock would."""
+    models = [tiny("Llama") for _ in range(3)]
+
+    def run(comm: Any) -> Any:
+        def enough(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return torch.full((len(ids),), ids.shape[1] >= 12 + 2 * comm.rank)
+
+        return generate(models[comm.rank], prompt(9), comm=comm, max_new_tokens=20, stopping_criteria=[enough])
+
+    assert [ids.shape[1] for ids in launch(run, ranks=3, transport="threads")] == [12, 12, 12]
+
+
+def test_rows_end_separately() -> None:
+    model = tiny("Llama")
+    arguments = {"eos_token_id": list(range(0, 97, 4)), "pad_token_id": 0, "max_new_tokens": 12}
+    expected = plain(model, prompt(9, 4), **arguments)
+    assert_same(expected, on_ranks(model, prompt(9, 4), 2, **arguments))
+
+
+def test_streamer_is_heard_on_rank_zero() -> None:
+    models, heard = [tiny("Llama") for _ in range(2)], {0: [], 1: []}
+
+    class Ear(TextStreamer):  # type: ignore[misc]
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def put(self, value: torch.Tensor) -> None:
+            heard[self.rank] += value.flatten().tolist()
+
+        def end(self) -> None:
+            heard[self.rank].append("end")
+
+    def run(comm: Any) -> Any:
+        return generate(models[comm.rank], prompt(9), comm=comm, max_new_tokens=4, streamer=Ear(comm.rank))
+
+    ids = launch(run, ranks=2, transport="threads")[0]
+    assert heard == {0: [*ids[0].tolist(), "end"], 1: []}
+
+
+def test_a_conversation_goes_on_in_the_same_cache() -> None:
+    model = tiny("Llama")
+    more = torch.tensor([[5, 6, 7, 8]])
+    first = plain(model, prompt(15)).sequences
+    expected = plain(model, torch.cat([first, more], 1)).sequences
+    models = [copy.deepcopy(model) for _ in range(2)]
+
+    def run(comm: Any) -> Any:
+        with sharded(models[comm.rank], comm) as session:
+            cache = session.new_cache()
+            ids = session.generate(prompt(15), past_key_values=cache, max_new_tokens=5)
+            return session.generate(torch.cat([ids, more], 1), past_key_values=cache, max_new_tokens=5)
+
+    for result in launch(run, ranks=2, transport="threads"):
+        assert torch.equal(result, expected)
+
+
+def test_memory_is_shared_out() -> None:
+    models = [tiny("Llama") for _ in range(4)]
+
+    def run(comm: Any) -> int:
+        with sharded(models[comm.rank], comm) as session:
+            cache = session.new_cache()
+            session.prefill(cache, prompt(100))
+            return cache.bytes_held
+
+    held = launch(run, ranks=4, transport="threads")
+    whole = 2 * 2 * 2 * 100 * 8 * 4  # k and v, layers, heads, tokens, head_dim, bytes
+    assert sum(held) >= whole
+    assert max(held) <= 0.4 * whole
+
+
+def test_what_is_refused() -> None:
+    model = tiny("Llama")
+    right, hole = torch.ones(1, 9, dtype=torch.int64), torch.ones(1, 9, dtype=torch.int64)
+    right[0, 8], hole[0, 4] = 0, 0
+    cases: list[tuple[dict[str, Any], type[ValueError], str]] = [
+        ({"attention_mask": right}, Unsupported, "padding on the right, or a hole"),
+        ({"attention_mask": hole}, Unsupported, "padding on the right, or a hole"),
+        ({"assistant_model": model}, Unsupported, "assisted decoding"),
+        ({"prompt_lookup_num_tokens": 2}, Unsupported, "prompt lookup"),
+        ({"num_beams": 2, "do_sample": True}, Unsupported, "do_sample"),
+        ({"use_cache": False}, Unsupported, "use_cache"),
+        ({"output_attentions": True}, Unsupported, "output_attentions"),
+        ({"past_key_values": object()}, Unsupported, "new_cache"),
+        ({"max_new_tokens": 120}, ValueError, "has 128 positions: got a prompt and new tokens of 129"),
+        ({"max_new_tokens": None, "max_length": 200}, ValueError, "128 positions"),
+    ]
+    for arguments, error, message in cases:
+        with pytest.raises(error, match=message):
+            on_ranks(model, prompt(9), 2, **arguments)
+
+
+def test_different_prompts_are_found() -> None:
+    models = [tiny("Llama") for _ in range(2)]
+
+    def run(comm: Any) -> Any:
+        return generate(models[comm.rank], prompt(9) + comm.rank, comm=comm, max_new_tokens=2)
+
+    with pytest.raises(Mismatch, match="input_ids must be the same on every rank"):
+        launch(run, ranks=2, transport="threads")
+
+
+def test_one_rank_whose_model_is_refused_stops_all() -> None:
+    models = [tiny("Llama"), tiny("Llama").train()]
+    seen: dict[int, ValueError] = {}
+
+    def run(comm: Any) -> Any:
+        try:
+            generate(models[comm.rank], prompt(9), comm=comm, max_new_tokens=2)
+        except ValueError as error:
+            seen[comm.rank] = error
+
+    launch(run, ranks=2, transport="threads")
+    assert isinstance(seen[0], Mismatch)
+    assert "rank 1 could not take part" in str(seen[0])
+    assert "training mode" in str(seen[1])

@@ -1,0 +1,131 @@
+"""One suite for every kernel, against the float64 definition written down a second time in tests/dense.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardsum.errors import Unsupported
+from shardsum.kernels import KERNELS, AtenKernel, as_kernel
+from shardsum.state import AttentionState
+
+from .. import dense
+from ..tolerances import STATE, assert_close
+
+kernels = pytest.mark.parametrize("name", sorted(KERNELS))
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+    ),
+]
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def check(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor) -> None:
+    state = as_kernel(name).forward(q, k, v, lo, hi, scale=0.7)
+    j = torch.arange(k.shape[2])
+    seen = ((lo.unsqueeze(-1) <= j) & (j < hi.unsqueeze(-1))).expand(q.shape[0], -1, -1)
+    out, lse = dense.attention(q.cpu(), k.cpu(), v.cpu(), seen, 0.7)
+    assert state.out.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
+    assert_close(state.out.cpu(), out, STATE[q.dtype], f"out of {name}")
+    assert_close(state.lse.cpu(), lse, STATE[q.dtype], f"lse of {name}")
+
+
+@kernels
+@settings(max_examples=80)
+@given(st.data())
+def test_any_intervals_shapes_dtypes_and_strides(name: str, data: st.DataObject) -> None:
+    batch, kv_heads, group = (data.draw(st.integers(1, high)) for high in (3, 3, 3))
+    q_len, kv_len = data.draw(st.sampled_from([0, 1, 2, 7, 71, 290])), data.draw(st.sampled_from([0, 1, 5, 61, 310]))
+    head_dim, v_dim = data.draw(st.sampled_from([1, 3, 8])), data.draw(st.sampled_from([1, 5, 8]))
+    dtype = data.draw(st.sampled_from(list(STATE)))
+    seed = data.draw(st.integers(0, 2**31))
+    q = normal(seed, batch, q_len, kv_heads * group, head_dim).transpose(1, 2)
+    k, v = normal(seed + 1, batch, kv_heads, kv_len, head_dim), normal(seed + 2, batch, kv_heads, v_dim, kv_len).mT
+    rows = data.draw(st.sampled_from([1, batch]))
+    generator = torch.Generator().manual_seed(seed)
+    bounds = torch.randint(kv_len + 1, (2, rows, q_len), generator=generator).sort(dim=0).values
+    kind = data.draw(st.sampled_from(["random", "causal", "all", "none"]))
+    if kind == "causal":
+        bounds[0], bounds[1] = 0, (torch.arange(q_len) + data.draw(st.integers(-3, 9))).clamp(0, kv_len)
+    elif kind != "random":
+        bounds[0], bounds[1] = 0, kv_len * (kind == "all")
+    check(name, q.to(dtype), k.to(dtype), v.to(dtype), bounds[0], bounds[1])
+
+
+@kernels
+@pytest.mark.parametrize("size", [80.0, -80.0])
+def test_scores_of_80(name: str, size: float) -> None:
+    q, k, v = normal(0, 1, 2, 9, 4), normal(1, 1, 1, 11, 4), normal(2, 1, 1, 11, 4)
+    k[..., 0] = size  # 0.7 * q_0 * size: the largest scores are about this size
+    lo, hi = torch.zeros(1, 9).long(), torch.arange(3, 12).unsqueeze(0)
+    check(name, q, k, v, lo, hi)
+    state = as_kernel(name).forward(q.float(), k.float(), v.float(), lo, hi, scale=0.7)
+    seen = torch.arange(11) < hi.unsqueeze(-1)
+    out, lse = dense.attention(q.float(), k.float(), v.float(), seen, 0.7)
+    assert_close(state.out, out, 2e-5, "out")
+    assert_close(state.lse, lse, 2e-6, "lse")
+
+
+@kernels
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("q_len", [1, 4, 300])
+def test_a_bad_key_or_value_reaches_only_the_rows_that_see_it(name: str, bad: float, q_len: int) -> None:
+    q, k, v = normal(0, 2, 4, q_len, 4), normal(1, 2, 2, q_len + 9, 4), normal(2, 2, 2, q_len + 9, 4)
+    lo, hi = torch.zeros(1, q_len).long(), torch.arange(8, q_len + 8).unsqueeze(0)
+    v[1, 0, q_len + 8] = k[1, 1, q_len + 8] = bad  # the last key, which no row sees
+    check(name, q, k, v, lo, hi)
+    check(name, q.bfloat16(), k.bfloat16(), v.bfloat16(), lo, hi)
+    v[0, 1, q_len + 6, 2] = bad  # a value that only the last row sees
+    check(name, q, k, v, lo, hi)
+    k[1, 0, q_len + 6] = math.nan
+    check(name, q, k, v, lo, hi)
+
+
+@kernels
+def test_a_row_that_sees_nothing_gives_zero_and_minus_infinity(name: str) -> None:
+    q, k, v = normal(0, 1, 1, 3, 4).float(), normal(1, 1, 1, 300, 4).float(), normal(2, 1, 1, 300, 4).float()
+    lo, hi = torch.tensor([[0, 5, 7]]), torch.tensor([[300, 5, 290]])
+    state = as_kernel(name).forward(q, k, v, lo, hi, scale=1.0)
+    assert state.lse[0, 0, 1] == -math.inf
+    assert torch.equal(state.out[0, 0, 1], torch.zeros(4))
+    empty = as_kernel(name).forward(q, k[:, :, :0], v[:, :, :0], lo * 0, hi * 0, scale=1.0)
+    assert torch.equal(empty.lse, AttentionState.empty(1, 1, 3, 4).lse)
+
+
+@kernels
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_each_device(name: str, device: str, dtype: torch.dtype) -> None:
+    q, k, v = (normal(i, 2, heads, 300, 16).to(device, dtype) for i, heads in enumerate((6, 2, 2)))
+    hi = torch.arange(1, 301).unsqueeze(0)
+    check(name, q, k, v, (hi - 40).clamp(min=0), hi)
+    check(name, q, k, v, hi * 0, hi)
+
+
+def test_decode_calls_the_operator_once_with_the_group_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """KV is read once for all heads of a group: the operator sees kv_heads heads and group * q_len queries."""
+    calls = []
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def recorded(q: torch.Tensor, *args: object, **options: object) -> object:
+        calls.append(tuple(q.shape))
+        return operator(q, *args, **options)
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", recorded)
+    q, k = torch.randn(2, 6, 1, 8), torch.randn(2, 2, 50, 8)
+    AtenKernel().forward(q, k, k, torch.zeros(1, 1).long(), torch.full((1, 1), 50), scale=1.0)
+    assert calls == [(2, 2, 3, 8)]
+
+
+def test_an_unknown_kernel_is_refused() -> None:
+    with pytest.raises(Unsupported, match="kernel must be auto, aten, reference: got 'flash'"):
+        as_kernel("flash")

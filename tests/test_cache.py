@@ -1,0 +1,166 @@
+"""The KV cache: decode and prefill against attention over the whole sequence, on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardsum import KVCache, Layout, Mismatch, Unsupported, launch, shard
+from shardsum.comm import Communicator
+
+from . import dense
+from .tolerances import assert_close
+
+BATCH, Q_HEADS, KV_HEADS, HEAD_DIM, V_DIM = 2, 6, 2, 5, 7
+ranks = pytest.mark.parametrize("size", [1, 2, 3, 5])
+
+
+def tokens(count: int, seed: int = 0, batch: int = BATCH) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(Q_HEADS, HEAD_DIM), (KV_HEADS, HEAD_DIM), (KV_HEADS, V_DIM)]
+    q, k, v = (torch.randn(batch, heads, count, dim, generator=generator) for heads, dim in shapes)
+    return q, k, v
+
+
+def new_cache(comm: Communicator, layers: int = 1) -> KVCache:
+    return KVCache(comm=comm, layers=layers, kv_heads=KV_HEADS, head_dim=HEAD_DIM, v_dim=V_DIM)
+
+
+def expect(found: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: slice | Tensor = slice(None), **mask: Any) -> None:
+    """The attention of the last queries over all keys, of which `rows` are compared."""
+    seen = dense.visible(q.shape[2], k.shape[2], q.shape[0], causal=True, **mask)
+    assert_close(found, dense.attention(q, k, v, seen)[0][:, :, rows], 2e-6)
+
+
+def prefill_then_decode(comm: Communicator, layout: str) -> None:
+    q, k, v = tokens(41)
+    cache, prompt, chunk = new_cache(comm), 23, 31
+    kind = Layout.weighted([1 + rank for rank in range(comm.size)]) if layout == "weighted" else layout
+    for start, end in ((0, prompt), (prompt, chunk)):  # prefill in two chunks
+        part = [shard(x[:, :, start:end], comm=comm, layout=kind) for x in (q, k, v)]
+        cache.append(0, part[1], part[2], layout=kind)
+        out = cache.attend(0, part[0], q_replicated=False, layout=kind)
+        positions = as_positions(kind, end - start, comm)
+        expect(out, q[:, :, start:end], k[:, :, :end], v[:, :, :end], positions)
+    for step in range(chunk, 41):
+        cache.append(0, k[:, :, step : step + 1], v[:, :, step : step + 1])
+        assert len(cache) == step + 1
+        out = cache.attend(0, q[:, :, step : step + 1], window=(17, 0))
+        expect(out, q[:, :, step : step + 1], k[:, :, : step + 1], v[:, :, : step + 1], window=(17, 0))
+
+
+def as_positions(layout: str | Layout, length: int, comm: Communicator) -> Tensor:
+    layout = Layout(layout) if isinstance(layout, str) else layout
+    return layout.positions(length, comm.rank, comm.size)
+
+
+@ranks
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "weighted"])
+def test_prefill_in_chunks_then_decode(size: int, layout: str) -> None:
+    launch(prefill_then_decode, ranks=size, transport="threads", args=(layout,))
+
+
+def sequences_of_different_lengths(comm: Communicator, strategy: str) -> None:
+    q, k, v = tokens(30)
+    cache = new_cache(comm)
+    cache.append(0, k[:, :, :9], v[:, :, :9], lengths=[9, 4])  # sequence 1 has 4 valid tokens
+    cache.append(0, k[:, :, 9:12], v[:, :, 9:12], lengths=[1, 3])
+    cache.append(0, k[:, :, 12:13], v[:, :, 12:13])
+    assert cache.lengths(0).tolist() == [11, 8]
+    assert len(cache) == 11
+    out = cache.attend(0, q[:, :, 10:13], strategy=strategy)
+    for row, index in enumerate(([*range(9), 9, 12], [*range(4), 9, 10, 11, 12])):
+        one = slice(row, row + 1)
+        expect(out[one], q[one, :, 10:13], k[one][:, :, index], v[one][:, :, index])
+    # And padding in front on top of that.
+    out = cache.attend(0, q[:, :, 10:13], strategy=strategy, key_range=([2, 0], [99, 99]))
+    index = [*range(9), 9, 12]
+    expect(out[:1], q[:1, :, 10:13], k[:1][:, :, index], v[:1][:, :, index], key_range=([2], [99]))
+
+
+@ranks
+@pytest.mark.parametrize("strategy", ["all_reduce", "all_gather", "ring"])
+def test_sequences_advance_separately(size: int, strategy: str) -> None:
+    launch(sequences_of_different_lengths, ranks=size, transport="threads", args=(strategy,))
+
+
+def crop_reorder_reset(comm: Communicator) -> None:
+    q, k, v = tokens(40)
+    cache = new_cache(comm)
+    cache.append(0, *(shard(x[:, :, :20], comm=comm, layout="zigzag") for x in (k, v)), layout="zigzag")
+    cache.crop(13)
+    assert len(cache) == 13
+    cache.append(0, k[:, :, 20:25], v[:, :, 20:25])
+    kept = [*range(13), *range(20, 25)]
+    expect(cache.attend(0, q[:, :, 24:25]), q[:, :, 24:25], k[:, :, kept], v[:, :, kept])
+    cache.reorder([1, 1, 0])
+    order = torch.tensor([1, 1, 0])
+    expect(cache.attend(0, q[order, :, 24:25]), q[order, :, 24:25], k[order][:, :, kept], v[order][:, :, kept])
+    cache.reset()
+    assert len(cache) == 0
+    assert cache.bytes_held == 0
+    assert torch.equal(cache.attend(0, q[:, :, :1]), torch.zeros(BATCH, Q_HEADS, 1, V_DIM))
+    cache.append(0, k[:, :, :2], v[:, :, :2])
+    expect(cache.attend(0, q[:, :, 1:2]), q[:, :, 1:2], k[:, :, :2], v[:, :, :2])
+
+
+@ranks
+def test_crop_reorder_and_reset(size: int) -> None:
+    launch(crop_reorder_reset, ranks=size, transport="threads")
+
+
+def held_bytes(comm: Communicator) -> int:
+    cache = new_cache(comm, layers=3)
+    _, k, v = tokens(4000)
+    for layer in range(3):
+        cache.append(layer, *(shard(x, comm=comm, layout="zigzag") for x in (k, v)), layout="zigzag")
+    for _ in range(70):
+        for layer in range(3):
+            cache.append(layer, k[:, :, :1], v[:, :, :1])
+    return cache.bytes_held
+
+
+def test_memory_falls_as_one_over_the_ranks() -> None:
+    whole = 3 * BATCH * KV_HEADS * 4070 * (HEAD_DIM + V_DIM) * 4
+    for size in (1, 2, 4):
+        for held in launch(held_bytes, ranks=size, transport="threads"):
+            assert whole / size * 0.999 <= held <= whole / size * 1.05
+
+
+def refusals(comm: Communicator) -> list[str]:
+    _, k, v = tokens(6)
+    cache = new_cache(comm, layers=2)
+    messages = []
+
+    def refused(kind: type[Exception], call: Any) -> None:
+        with pytest.raises(kind) as caught:
+            call()
+        messages.append(str(caught.value))
+
+    refused(ValueError, lambda: cache.append(0, k[:, :1], v))
+    refused(ValueError, lambda: cache.append(0, k.double(), v.double()))
+    refused(ValueError, lambda: cache.append(0, k, v[:, :, :2]))
+    refused(ValueError, lambda: cache.append(0, k, v, lengths=[7, 0]))
+    # Rank 1 brings another head count: every rank hears of it, none waits.
+    wrong = k[:, :1] if comm.rank == 1 else k
+    refused(ValueError, lambda: cache.append(0, wrong, v, layout="contiguous"))
+    refused(Mismatch, lambda: cache.append(comm.rank, k, v, layout="contiguous"))
+    cache.append(0, k, v, lengths=[6, 2])
+    refused(Unsupported, lambda: cache.append(0, k, v, layout="contiguous"))
+    # A rank that appended more than the others is found out, not believed.
+    cache.append(1, k[:, :, : 1 + comm.rank], v[:, :, : 1 + comm.rank])
+    refused(Mismatch, lambda: cache.attend(1, torch.randn(BATCH, Q_HEADS, 1, HEAD_DIM)))
+    return messages
+
+
+def test_what_does_not_fit_is_refused_on_every_rank() -> None:
+    first, second = launch(refusals, ranks=2, transport="threads")
+    assert first[0].startswith("k must be (2, 2, new, 5) in torch.float32, as in the cache: got (2, 1, 6, 5)")
+    assert first[4].startswith("rank 1 could not take part: ValueError: k must be")
+    assert first[5] == second[5] == "layer must be the same on every rank: got 0 on rank 0, 1 on rank 1."
+    assert "Append them without layout" in first[6]
+    assert first[7] == second[7]
+    assert "lengths" in first[7]
