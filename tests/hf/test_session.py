@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -82,3 +84,25 @@ def test_a_forward_pass_of_ones_own() -> None:
     for logits, again in launch(run, ranks=2, transport="threads"):
         assert (logits - expected[:, 13:]).abs().max() <= 1e-4
         assert (again - expected[:, 13:]).abs().max() <= 1e-4
+
+
+def test_sequences_longer_than_checked_are_refused() -> None:
+    model = tiny("Llama")
+    with sharded(model, connect("single"), positions=16) as session:
+        cache = session.new_cache()
+        session.prefill(cache, prompt(12))
+        with pytest.raises(ValueError, match="checked for sequences of up to 16 tokens: got 24"):
+            session.prefill(cache, prompt(12))
+    with pytest.raises(ValueError, match="has 128 positions"), sharded(model, connect("single"), positions=129):
+        pass
+
+
+def test_without_transformers_one_sentence_says_what_to_install() -> None:
+    code = "import sys; sys.modules['transformers'] = None\nimport shardsum\nimport shardsum.hf"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1].endswith("pip install shardsum[hf]")
+
+
+def test_shardsum_itself_does_not_import_transformers() -> None:
+    code = "import sys, shardsum; sys.exit('transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -57,11 +57,14 @@ class ThreadCommunicator(Communicator):
         self._hub = hub
 
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
-        self._all_to_all([send.clone()] * self.size, receive, sizes)
+        self._deliver([send.clone()] * self.size, receive, sizes)
 
     def _all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
-        for to, message in enumerate(send):
-            self._hub.put(self.rank, to, message.clone() if message._base is not None else message)
+        self._deliver([message.clone() for message in send], receive, sizes)
+
+    def _deliver(self, messages: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
+        for to, message in enumerate(messages):
+            self._hub.put(self.rank, to, message)
         for source, piece in enumerate(receive.split(sizes)):
             piece.copy_(self._hub.get(source, self.rank, self.deadline_seconds))
 

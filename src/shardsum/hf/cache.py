@@ -133,8 +133,8 @@ class ShardedCache(Cache):  # type: ignore[misc]
             q_replicated=False,
             layout=self.part.layout,
         )
-        stand_ins = q.shape[2] - self.part.local
-        return torch.nn.functional.pad(out, (0, 0, 0, stand_ins)) if stand_ins else out
+        stand_ins = out.new_zeros(*out.shape[:2], q.shape[2] - self.part.local, out.shape[3])
+        return torch.cat([out, stand_ins], dim=2)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)

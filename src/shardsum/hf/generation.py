@@ -185,15 +185,15 @@ class _RankZeroDecides(StoppingCriteriaList):  # type: ignore[misc]
         self.comm = comm
 
     def __call__(self, input_ids: Tensor, scores: Any, **arguments: Any) -> Tensor:
-        stop = torch.empty(0)
+        decision = torch.empty(0)
         if self.comm.rank == 0:
-            stop = super().__call__(input_ids, scores, **arguments)
+            stop: Tensor = super().__call__(input_ids, scores, **arguments)
             if self.comm.size == 1:
                 return stop
-            stop = torch.stack([input_ids[:, -1], stop.to(input_ids.dtype)])
-        tokens, stop = _from_rank_zero(self.comm, stop, (2, len(input_ids)), input_ids)
-        input_ids[:, -1] = tokens
-        return stop.bool()
+            decision = torch.stack([input_ids[:, -1], stop.to(input_ids.dtype)])
+        decision = _from_rank_zero(self.comm, decision, (2, len(input_ids)), input_ids)
+        input_ids[:, -1] = decision[0]
+        return decision[1].bool()
 
 
 class _RankZeroScores(LogitsProcessor):  # type: ignore[misc]
@@ -243,9 +243,9 @@ def _requested_length(
 ) -> int | None:
     """Prompt and new tokens together, where the call says how many; padding does not count."""
     config = arguments.get("generation_config") or model.generation_config
-    new = arguments.get("max_new_tokens", config.max_new_tokens)
+    new, length = arguments.get("max_new_tokens", config.max_new_tokens), arguments.get("max_length")
+    padded = input_ids.shape[1]
+    prompt = padded if attention_mask is None else int(attention_mask.sum(dim=1).max())
     if new is None:
-        length = arguments.get("max_length")
-        return None if length is None else max(int(length), input_ids.shape[1])
-    prompt = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(dim=1).max())
+        return None if length is None else prompt + max(int(length) - padded, 0)
     return prompt + int(new)

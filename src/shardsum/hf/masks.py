@@ -18,7 +18,7 @@ from ..errors import Unsupported
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _SAMPLED_ROWS = 16
-_SAMPLED_KEYS = 4096
+_SAMPLED_KEYS = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,22 +74,17 @@ def interval_mask(
 def window_left(
     mask_function: MaskFunction, batch: int, q_offset: int, kv_length: int, device: torch.device
 ) -> int | None:
-    """How many keys before its own a query sees; None is all.
+    """How many keys before its own a query sees, 0 or more; None is all. It is checked in samples.
 
-    The last row is checked whole, the others in samples.
     Raises: Unsupported where the mask is not causal with at most a window.
     """
     if kv_length <= 0 or q_offset >= kv_length:
         return None
     last = torch.tensor([kv_length - 1], device=device)
-    every_key = torch.arange(kv_length, device=device)
-    visible = _evaluate(mask_function, batch, last, every_key)
-    first = int(visible[0, 0].int().argmax())
+    first = _first_visible(mask_function, batch, last)
     left = None if first == 0 else kv_length - 1 - first
-    _compare(visible, left, last, every_key)
     rows, keys = _sample(q_offset, kv_length, left, device)
-    if len(rows) > 1:
-        _compare(_evaluate(mask_function, batch, rows, keys), left, rows, keys)
+    _compare(_evaluate(mask_function, batch, rows, keys), left, rows, keys)
     return left
 
 
@@ -115,6 +110,16 @@ def padding_start(attention_mask: Tensor | None, kv_length: int) -> Tensor | Non
             "Pad on the left (tokenizer.padding_side = 'left')."
         )
     return start
+
+
+def _first_visible(mask_function: MaskFunction, batch: int, row: Tensor) -> int:
+    """The first key that a row sees, supposing that what it sees is one interval; 0 where it sees none."""
+    coarse = torch.linspace(0, int(row), _SAMPLED_KEYS, device=row.device).long()
+    index = int(_evaluate(mask_function, batch, row, coarse)[0, 0].int().argmax())
+    if index == 0:
+        return 0
+    fine = torch.arange(int(coarse[index - 1]) + 1, int(coarse[index]) + 1, device=row.device)
+    return int(fine[_evaluate(mask_function, batch, row, fine)[0, 0].int().argmax()]) if len(fine) else 0
 
 
 def _evaluate(mask_function: MaskFunction, batch: int, rows: Tensor, keys: Tensor) -> Tensor:
@@ -147,13 +152,21 @@ def _compare(visible: Tensor, left: int | None, rows: Tensor, keys: Tensor) -> N
 
 def _sample(q_offset: int, kv_length: int, left: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows among the queries and keys among all, the edges of the expected interval included."""
+    if q_offset == kv_length - 1:
+        rows = torch.tensor([q_offset], device=device)
+        return rows, _sampled_keys(rows, kv_length, left)
     spread = torch.linspace(q_offset, kv_length - 1, _SAMPLED_ROWS, device=device).long()
     reach = kv_length if left is None else left
     edges = torch.tensor([q_offset + reach + step for step in (-1, 0, 1)], device=device)
     rows = torch.cat([spread, edges.clamp(q_offset, kv_length - 1)])
+    return rows, _sampled_keys(rows, kv_length, left)
+
+
+def _sampled_keys(rows: Tensor, kv_length: int, left: int | None) -> Tensor:
     if kv_length <= _SAMPLED_KEYS:
-        return rows, torch.arange(kv_length, device=device)
-    steps = torch.arange(-1, 2, device=device)
-    near = torch.cat([(rows[:, None] + steps).flatten(), (rows[:, None] - reach + steps).flatten()])
-    far = torch.linspace(0, kv_length - 1, _SAMPLED_KEYS, device=device).long()
-    return rows, torch.cat([near.clamp(0, kv_length - 1), far])
+        return torch.arange(kv_length, device=rows.device)
+    steps = torch.arange(-1, 2, device=rows.device)
+    first = rows - (kv_length if left is None else left)
+    edges = torch.cat([(rows[:, None] + steps).flatten(), (first[:, None] + steps).flatten()])
+    spread = torch.linspace(0, kv_length - 1, _SAMPLED_KEYS, device=rows.device).long()
+    return torch.cat([edges.clamp(0, kv_length - 1), spread])

@@ -197,7 +197,7 @@ class _EchoCache(ShardedCache):
 
 def _tokens(model: PreTrainedModel) -> Tensor:
     """Seven different tokens, without touching a random generator: (1, 7)."""
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
     return (torch.arange(1, TOKENS + 1, device=model.device) * 7919 % max(vocabulary, 1))[None]
 
 

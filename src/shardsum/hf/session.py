@@ -162,7 +162,7 @@ class Session:
                 return far
         mask = interval_mask(mask_function, attention_mask, batch_size, q_offset, kv_length, device)
         padding = 0 if mask.start is None else int(mask.start.min())
-        if kv_length - padding > self.positions:
+        if self.cache_shape is not None and kv_length - padding > self.positions:
             raise ValueError(
                 f"{type(self.model).__name__} was checked for sequences of up to {self.positions} tokens: "
                 f"got {kv_length - padding}. Open the session with more positions, or shorten the sequence."

@@ -1,0 +1,90 @@
+"""Finding this rank's communicator: from `launch`, torchrun, mpiexec, or none of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from contextvars import ContextVar
+from datetime import timedelta
+
+import torch
+
+from .base import DEFAULT_DEADLINE_SECONDS, Communicator
+from .mpi import MpiCommunicator
+from .threads import SingleCommunicator
+from .torch_distributed import connect_gloo, connect_nccl
+
+TRANSPORTS = ("gloo", "nccl", "mpi", "threads", "single")
+
+# Inside a rank started by `launch`: a context variable, because ranks may be threads of one process.
+launched: ContextVar[Communicator | None] = ContextVar("launched", default=None)
+_connected: dict[str, Communicator] = {}
+
+# What the launchers of Open MPI, of MPICH and others, and of Slurm set in each of their processes.
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
+_LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "LOCAL_WORLD_SIZE")
+
+
+def connect(transport: str | None = None, deadline: float = DEFAULT_DEADLINE_SECONDS) -> Communicator:
+    """This rank's communicator: found from the environment, or over the transport named.
+
+    Inside `launch` it is that rank's. Under mpiexec it is "mpi"; under torchrun "nccl" if there is a CUDA
+    device, else "gloo"; otherwise the single rank. `deadline` is the longest wait in seconds. Called again, it
+    returns the same communicator. Under a launcher that leaves each process one thread, torch gets this rank's
+    share of the machine's cores.
+    Raises: ValueError for an unknown transport or one that the environment does not offer.
+
+    >>> connect().size
+    1
+    """
+    if transport not in (None, *TRANSPORTS):
+        raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}: got {transport!r}.")
+    inside = launched.get()
+    if inside is not None and transport in (None, inside.transport):
+        return inside
+    name = _found() if transport is None else transport
+    if name == "threads":
+        raise ValueError("ranks that are threads exist inside shardsum.launch(..., transport='threads') only.")
+    if name not in _connected:
+        _connected[name] = _connect(name, deadline)
+    return _connected[name]
+
+
+def mpi_installed() -> bool:
+    """Whether mpi4py is there; importing it would start MPI."""
+    return importlib.util.find_spec("mpi4py") is not None
+
+
+def _found() -> str:
+    if any(name in os.environ for name in _MPI_SIZES):
+        return "mpi"
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        return "nccl" if torch.cuda.is_available() else "gloo"
+    return "single"
+
+
+def _connect(name: str, deadline: float) -> Communicator:
+    if name == "single":
+        return SingleCommunicator(deadline)
+    _share_cores()
+    if name == "mpi":
+        return MpiCommunicator(deadline_seconds=deadline)
+    if "RANK" not in os.environ:
+        raise ValueError(f"{name} needs the environment of torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).")
+    from torch.distributed import rendezvous
+
+    store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=deadline)))
+    loopback = os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1")
+    if name == "gloo":
+        return connect_gloo(store, rank, size, deadline, loopback)
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return connect_nccl(store, rank, size, deadline)
+
+
+def _share_cores() -> None:
+    """Give torch this rank's share of the cores; launchers set OMP_NUM_THREADS=1 or nothing at all."""
+    local = next((int(os.environ[name]) for name in _LOCAL_SIZES if name in os.environ), 0)
+    if local and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = len(os.sched_getaffinity(0))
+        pinned = cores < (os.cpu_count() or 1)
+        torch.set_num_threads(cores if pinned else max(1, cores // local))

@@ -1,0 +1,117 @@
+"""Ranks of torch.distributed: Gloo between CPUs, NCCL between CUDA devices, on a process group of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import RankLost
+from .base import DEFAULT_DEADLINE_SECONDS, Communicator
+
+
+class TorchCommunicator(Communicator):
+    """The ranks of one c10d process group (or of its backend), which need not be the global default group."""
+
+    def __init__(
+        self,
+        group: Any,
+        rank: int,
+        size: int,
+        transport: str = "gloo",
+        deadline_seconds: float = DEFAULT_DEADLINE_SECONDS,
+    ) -> None:
+        super().__init__(rank, size, deadline_seconds)
+        self.transport = transport
+        self._group = group
+        # NCCL moves CUDA memory only: what lies elsewhere is taken there and back.
+        self._device = torch.device("cuda", torch.cuda.current_device()) if transport == "nccl" else None
+
+    def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
+        if len(set(sizes)) > 1:  # this collective takes equal sizes only; whatever else is padding
+            self._pairwise([send] * self.size, receive, sizes)
+            return
+        if sizes[0] == 0:
+            return
+        there, back = self._at_hand(send), self._at_hand(receive)
+        self._wait(self._group.allgather([list(back.split(sizes))], [there]))
+        _return(back, receive)
+
+    def _all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
+        self._pairwise(send, receive, sizes)
+
+    def _exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]:
+        there, back = self._at_hand(send), self._at_hand(receive)
+        works = self._start([(to, there)], [(source, back)])
+
+        def wait() -> None:
+            assert there is not None  # the message must live until it has left
+            for peer, work in works:
+                self._wait(work, peer)
+            _return(back, receive)
+
+        return wait
+
+    def _pairwise(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
+        """Every rank's message to every other, of whatever sizes; its own is copied."""
+        back = self._at_hand(receive)
+        pieces = list(back.split(sizes))
+        pieces[self.rank].copy_(send[self.rank])
+        others = [(self.rank + step) % self.size for step in range(1, self.size)]
+        sending = [(peer, self._at_hand(send[peer])) for peer in others if send[peer].nbytes]
+        receiving = [(peer, pieces[peer]) for peer in reversed(others) if sizes[peer]]
+        for peer, work in self._start(sending, receiving):
+            self._wait(work, peer)
+        _return(back, receive)
+
+    def _start(
+        self, sending: list[tuple[int, Tensor]], receiving: list[tuple[int, Tensor]]
+    ) -> list[tuple[int, Any]]:
+        try:
+            works = [(peer, self._group.recv([piece], peer, 0)) for peer, piece in receiving]
+            return works + [(peer, self._group.send([piece], peer, 0)) for peer, piece in sending]
+        except RuntimeError as failure:
+            raise RankLost(f"rank {self.rank} could not start sending: {failure}") from failure
+
+    def _wait(self, work: Any, peer: int | None = None) -> None:
+        try:
+            work.wait(timedelta(seconds=self.deadline_seconds))
+        except RuntimeError as failure:
+            who = "a peer" if peer is None else f"rank {peer}"
+            raise RankLost(f"rank {self.rank} waited for {who}, which is gone or stuck: {failure}") from failure
+
+    def _at_hand(self, x: Tensor) -> Tensor:
+        return x if self._device is None else x.to(self._device)
+
+
+def _return(back: Tensor, receive: Tensor) -> None:
+    if back is not receive:
+        receive.copy_(back)
+
+
+def connect_gloo(
+    store: Any, rank: int, size: int, deadline_seconds: float, loopback: bool = False
+) -> TorchCommunicator:
+    """A Gloo communicator over a c10d store; with `loopback` it listens on this machine alone."""
+    from torch.distributed import PrefixStore, ProcessGroupGloo
+
+    timeout = timedelta(seconds=deadline_seconds)
+    options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = timeout
+    create = ProcessGroupGloo.create_device
+    options._devices = [create(interface="lo") if loopback else ProcessGroupGloo.create_default_device()]
+    group = ProcessGroupGloo(PrefixStore("shardsum", store), rank, size, options)
+    return TorchCommunicator(group, rank, size, "gloo", deadline_seconds)
+
+
+def connect_nccl(store: Any, rank: int, size: int, deadline_seconds: float) -> TorchCommunicator:
+    """An NCCL communicator over a c10d store, on this process's current CUDA device."""
+    from torch.distributed import PrefixStore, ProcessGroupNCCL
+
+    options = ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=deadline_seconds)
+    group = ProcessGroupNCCL(PrefixStore("shardsum", store), rank, size, options)
+    return TorchCommunicator(group, rank, size, "nccl", deadline_seconds)

@@ -1,0 +1,225 @@
+"""One suite per interface, run on every implementation: what a communicator must do, whatever carries it."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardsum.comm import Communicator, agree
+from shardsum.errors import Mismatch
+
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float8_e4m3fn,
+    torch.complex64,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+]
+
+
+def _from(rank: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What this rank sends: known to every other, and other values on every rank."""
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(17 + rank))
+    return (4 * numbers).to(dtype)
+
+
+def _same(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    assert torch.equal(found.contiguous().reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
+
+
+def check_all_gather_even(comm: Communicator) -> None:
+    for rank, part in enumerate(comm.all_gather(_from(comm.rank, 3, 5))):
+        _same(part, _from(rank, 3, 5))
+
+
+def check_all_gather_uneven(comm: Communicator) -> None:
+    shapes = [(2 * rank + 1, 3) for rank in range(comm.size)]
+    for rank, part in enumerate(comm.all_gather(_from(comm.rank, *shapes[comm.rank]), shapes)):
+        _same(part, _from(rank, *shapes[rank]))
+
+
+def check_all_gather_where_some_are_empty(comm: Communicator) -> None:
+    for empty in range(comm.size):
+        shapes = [(0, 3) if rank == empty else (2, 3) for rank in range(comm.size)]
+        for rank, part in enumerate(comm.all_gather(_from(comm.rank, *shapes[comm.rank]), shapes)):
+            _same(part, _from(rank, *shapes[rank]))
+
+
+def check_all_gather_where_all_are_empty(comm: Communicator) -> None:
+    assert [part.shape for part in comm.all_gather(torch.empty(0, 7))] == [(0, 7)] * comm.size
+
+
+def check_all_gather_of_numbers(comm: Communicator) -> None:
+    for rank, part in enumerate(comm.all_gather(_from(comm.rank))):
+        _same(part, _from(rank))
+
+
+def check_every_dtype(comm: Communicator) -> None:
+    for dtype in DTYPES:
+        for rank, part in enumerate(comm.all_gather(_from(comm.rank, 7, dtype=dtype))):
+            _same(part, _from(rank, 7, dtype=dtype))
+
+
+def check_strided_and_differentiable_parts(comm: Communicator) -> None:
+    part = _from(comm.rank, 3, 5).requires_grad_().transpose(0, 1)
+    for rank, found in enumerate(comm.all_gather(part)):
+        _same(found, _from(rank, 3, 5).transpose(0, 1).contiguous())
+
+
+def check_large_messages(comm: Communicator) -> None:
+    for rank, part in enumerate(comm.all_gather(_from(comm.rank, 300_007))):
+        _same(part, _from(rank, 300_007))
+
+
+def check_all_to_all(comm: Communicator) -> None:
+    def part(source: int, to: int) -> Tensor:  # sizes differ, some are 0
+        return _from(10 * source + to, (source + 2 * to) % 4, 3)
+
+    parts = [part(comm.rank, to) for to in range(comm.size)]
+    shapes = [tuple(part(source, comm.rank).shape) for source in range(comm.size)]
+    for source, found in enumerate(comm.all_to_all(parts, shapes)):
+        _same(found, part(source, comm.rank))
+
+
+def check_all_to_all_even(comm: Communicator) -> None:
+    parts = [_from(10 * comm.rank + to, 2, 3).bfloat16() for to in range(comm.size)]
+    for source, found in enumerate(comm.all_to_all(parts, [(2, 3)] * comm.size)):
+        _same(found, _from(10 * source + comm.rank, 2, 3).bfloat16())
+
+
+def check_exchange_around_a_ring(comm: Communicator) -> None:
+    lengths = [3 * rank for rank in range(comm.size)]  # rank 0's part is empty
+    held = _from(comm.rank, lengths[comm.rank], 2)
+    for step in range(1, comm.size + 1):
+        owner = (comm.rank - step) % comm.size
+        wait = comm.exchange(
+            held, (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size, (lengths[owner], 2)
+        )
+        held = wait()
+        _same(held, _from(owner, lengths[owner], 2))
+
+
+def check_two_exchanges_under_way(comm: Communicator) -> None:
+    to, source = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    waits = [comm.exchange(_from(comm.rank + 100 * i, 5 + i), to, source, (5 + i,)) for i in range(2)]
+    for i, wait in enumerate(waits):
+        _same(wait(), _from(source + 100 * i, 5 + i))
+
+
+def check_order_under_skew(comm: Communicator) -> None:
+    """Ranks that come late, each in turn, change nothing: no message is taken for a later one."""
+    for i in range(2 * comm.size):
+        if i % comm.size == comm.rank:
+            time.sleep(0.01)
+        found = comm.all_gather(torch.tensor([comm.rank + 1000 * i]))
+        assert [int(part) for part in found] == [rank + 1000 * i for rank in range(comm.size)]
+
+
+def check_sent_buffers_can_be_reused(comm: Communicator) -> None:
+    to, source = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    part = _from(comm.rank, 1000)
+    gathered = comm.all_gather(part)
+    part.fill_(-1)
+    comm.barrier()
+    for rank, found in enumerate(gathered):
+        _same(found, _from(rank, 1000))
+    parts = [_from(comm.rank, 1000) for _ in range(comm.size)]
+    received = comm.all_to_all(parts, [(1000,)] * comm.size)
+    for sent in parts:
+        sent.fill_(-1)
+    comm.barrier()
+    for rank, found in enumerate(received):
+        _same(found, _from(rank, 1000))
+    part = _from(comm.rank, 1000)
+    found = comm.exchange(part, to, source, (1000,))()
+    part.fill_(-1)
+    comm.barrier()
+    _same(found, _from(source, 1000))
+
+
+def check_received_tensors_are_the_callers(comm: Communicator) -> None:
+    part = _from(comm.rank, 4)
+    for found in comm.all_gather(part):
+        found.fill_(-1)
+    _same(part, _from(comm.rank, 4))
+
+
+def check_traffic(comm: Communicator) -> None:
+    others = comm.size - 1
+    before = comm.traffic.snapshot()
+    shapes = [(rank + 1,) for rank in range(comm.size)]
+    comm.all_gather(torch.zeros(shapes[comm.rank]), shapes)
+    sent = comm.traffic - before
+    assert (sent.sent_bytes, sent.messages, sent.rounds) == (4 * (comm.rank + 1) * others, others, others > 0)
+
+    before = comm.traffic.snapshot()
+    comm.all_to_all(
+        [torch.zeros(to + 1, dtype=torch.bfloat16) for to in range(comm.size)], [(comm.rank + 1,)] * comm.size
+    )
+    sent = comm.traffic - before
+    sent_bytes = sum(2 * (to + 1) for to in range(comm.size) if to != comm.rank)
+    assert (sent.sent_bytes, sent.messages, sent.rounds) == (sent_bytes, others, others > 0)
+
+    if others:
+        before = comm.traffic.snapshot()
+        comm.exchange(
+            torch.zeros(7), (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size, (7,)
+        )()
+        sent = comm.traffic - before
+        assert (sent.sent_bytes, sent.messages, sent.rounds) == (28, 1, 1)
+
+
+def check_agreement_gives_everyones_lengths(comm: Communicator) -> None:
+    lengths = agree(comm, {"operation": "attention", "causal": True}, 3 + comm.rank, 2**40 + comm.rank)
+    assert lengths == [(3 + rank, 2**40 + rank) for rank in range(comm.size)]
+
+
+def check_agreement_names_what_differs_on_every_rank(comm: Communicator) -> None:
+    if comm.size == 1:
+        return
+    odd = comm.size - 1
+    with pytest.raises(Mismatch) as raised:
+        agree(comm, {"causal": comm.rank == odd, "softcap": 2.0})
+    others = ", ".join(str(rank) for rank in range(odd))
+    expected = f"causal must be the same on every rank: got false on rank {others}, true on rank {odd}."
+    assert str(raised.value) == expected
+    assert [int(part) for part in comm.all_gather(torch.tensor(comm.rank))] == list(range(comm.size))
+
+
+def check_agreement_tells_everyone_of_one_ranks_error(comm: Communicator) -> None:
+    culprit = comm.size - 1
+    error = ValueError("q has 3 heads") if comm.rank == culprit else None
+    kind, words = (ValueError, "^q has 3 heads$") if error else (Mismatch, f"rank {culprit}.*q has 3 heads")
+    with pytest.raises(kind, match=words):
+        agree(comm, {"causal": True}, error=error)
+    assert agree(comm, {"causal": True}, comm.rank) == [(rank, 0) for rank in range(comm.size)]
+
+
+COMMUNICATOR: dict[str, Callable[[Communicator], None]] = {
+    name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")
+}
+
+
+def run_communicator_contracts(comm: Communicator) -> dict[str, str]:
+    """The traceback of every check that failed on this rank: a whole suite in one launch."""
+    failed = {}
+    for name, check in COMMUNICATOR.items():
+        try:
+            check(comm)
+        except Exception:  # noqa: BLE001 (each is reported by the test of its name)
+            failed[name] = traceback.format_exc()
+    return failed
