@@ -106,9 +106,7 @@ def check_exchange_around_a_ring(comm: Communicator) -> None:
     held = _from(comm.rank, lengths[comm.rank], 2)
     for step in range(1, comm.size + 1):
         owner = (comm.rank - step) % comm.size
-        wait = comm.exchange(
-            held, (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size, (lengths[owner], 2)
-        )
+        wait = comm.exchange(held, (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size, (lengths[owner], 2))
         held = wait()
         _same(held, _from(owner, lengths[owner], 2))
 
@@ -176,9 +174,7 @@ def check_traffic(comm: Communicator) -> None:
 
     if others:
         before = comm.traffic.snapshot()
-        comm.exchange(
-            torch.zeros(7), (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size, (7,)
-        )()
+        comm.exchange(torch.zeros(7), (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size, (7,))()
         sent = comm.traffic - before
         assert (sent.sent_bytes, sent.messages, sent.rounds) == (28, 1, 1)
 

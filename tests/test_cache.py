@@ -29,7 +29,9 @@ def new_cache(comm: Communicator, layers: int = 1) -> KVCache:
     return KVCache(comm=comm, layers=layers, kv_heads=KV_HEADS, head_dim=HEAD_DIM, v_dim=V_DIM)
 
 
-def expect(found: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: slice | Tensor = slice(None), **mask: Any) -> None:
+def expect(
+    found: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: slice | Tensor = slice(None), **mask: Any
+) -> None:
     """The attention of the last queries over all keys, of which `rows` are compared."""
     seen = dense.visible(q.shape[2], k.shape[2], q.shape[0], causal=True, **mask)
     assert_close(found, dense.attention(q, k, v, seen)[0][:, :, rows], 2e-6)

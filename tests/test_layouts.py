@@ -19,7 +19,9 @@ layouts = st.one_of(
 
 
 @given(layouts, st.integers(0, 200))
-def test_every_position_lies_on_exactly_one_rank_in_order(layout_and_size: tuple[Layout, int], length: int) -> None:
+def test_every_position_lies_on_exactly_one_rank_in_order(
+    layout_and_size: tuple[Layout, int], length: int
+) -> None:
     layout, size = layout_and_size
     parts = [layout.positions(length, rank, size) for rank in range(size)]
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(length))

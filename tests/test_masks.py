@@ -40,7 +40,9 @@ def test_intervals_are_the_mask(data: st.DataObject) -> None:
             start = data.draw(st.lists(st.integers(-3, 15), min_size=batch, max_size=batch))
             options["q_start"], tensors["q_start"] = start, torch.tensor(start)
     if data.draw(st.booleans()):
-        bounds = data.draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 14)), min_size=batch, max_size=batch))
+        bounds = data.draw(
+            st.lists(st.tuples(st.integers(0, 9), st.integers(0, 14)), min_size=batch, max_size=batch)
+        )
         low, high = [b[0] for b in bounds], [b[1] for b in bounds]
         options["key_range"], tensors["key_range"] = (low, high), (torch.tensor(low), torch.tensor(high))
     lo, hi = Mask(q_len, kv_len, **tensors).intervals(torch.arange(q_len))  # type: ignore[arg-type]
@@ -65,7 +67,11 @@ def test_pieces_hold_each_visible_pair_once(data: st.DataObject) -> None:
     rows: list[tuple[int, int]] = []
     for _ in range(data.draw(st.integers(0, 5))):  # runs of rows of several kinds
         count, low = data.draw(st.sampled_from([1, 3, 70, 280])), data.draw(st.integers(0, keys))
-        high, rise, fall = data.draw(st.integers(low, keys)), data.draw(st.integers(0, 2)), data.draw(st.integers(0, 1))
+        high, rise, fall = (
+            data.draw(st.integers(low, keys)),
+            data.draw(st.integers(0, 2)),
+            data.draw(st.integers(0, 1)),
+        )
         rows += [(min(low + i * fall, keys), min(high + i * rise, keys)) for i in range(count)]
     lo, hi = (torch.tensor([row[side] for row in rows], dtype=torch.int64) for side in (0, 1))
     hi = torch.maximum(lo, hi)

@@ -14,7 +14,7 @@ from torch import Tensor
 import shardsum
 from shardsum import Layout
 from shardsum.comm import Communicator
-
+from shardsum.strategies import Strategy
 
 from .. import dense
 from ..tolerances import STATE, assert_close
@@ -72,7 +72,7 @@ class Case:
 
 
 def layout_of(name: str, size: int) -> Layout:
-    """"weighted" gives shares of 3, 0, 2, 3, ...: one rank of three or more holds nothing."""
+    """ "weighted" gives shares of 3, 0, 2, 3, ...: one rank of three or more holds nothing."""
     return Layout.weighted([[3, 0, 2][rank % 3] for rank in range(size)]) if name == "weighted" else Layout(name)
 
 
@@ -82,7 +82,7 @@ def ragged(length: int, rank: int, size: int) -> tuple[int, int]:
     return (0, length) if size == 1 else (edges[rank], edges[rank + 1])
 
 
-def run_case(comm: Communicator, case: Case, strategy: str, kernel: str, q_replicated: bool) -> None:
+def run_case(comm: Communicator, case: Case, strategy: str | Strategy, kernel: str, q_replicated: bool) -> None:
     """Run the case on this rank and compare out and lse with the float64 definition."""
     q, k, v = case.tensors()
     out, lse = case.expected()
@@ -158,6 +158,3 @@ def run_all(comm: Communicator, which: str) -> int:
     for case, strategy, kernel, q_replicated in cases:
         run_case(comm, case, strategy, kernel, q_replicated)
     return len(cases)
-
-
-

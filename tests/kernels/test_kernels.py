@@ -29,7 +29,9 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def check(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor) -> None:
+def check(
+    name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor
+) -> None:
     state = as_kernel(name).forward(q, k, v, lo, hi, scale=0.7)
     j = torch.arange(k.shape[2])
     seen = ((lo.unsqueeze(-1) <= j) & (j < hi.unsqueeze(-1))).expand(q.shape[0], -1, -1)
@@ -44,7 +46,10 @@ def check(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torc
 @given(st.data())
 def test_any_intervals_shapes_dtypes_and_strides(name: str, data: st.DataObject) -> None:
     batch, kv_heads, group = (data.draw(st.integers(1, high)) for high in (3, 3, 3))
-    q_len, kv_len = data.draw(st.sampled_from([0, 1, 2, 7, 71, 290])), data.draw(st.sampled_from([0, 1, 5, 61, 310]))
+    q_len, kv_len = (
+        data.draw(st.sampled_from([0, 1, 2, 7, 71, 290])),
+        data.draw(st.sampled_from([0, 1, 5, 61, 310])),
+    )
     head_dim, v_dim = data.draw(st.sampled_from([1, 3, 8])), data.draw(st.sampled_from([1, 5, 8]))
     dtype = data.draw(st.sampled_from(list(STATE)))
     seed = data.draw(st.integers(0, 2**31))

@@ -23,7 +23,7 @@ def save(path: Path, value: Any) -> None:
     """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_encode(value, tensors, "value"))
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = path.with_name(f"{path.name}.unfinished")  # ranks write side by side
     save_file(tensors, unfinished, metadata={"value": text})
     unfinished.rename(path)
 

@@ -1,0 +1,194 @@
+"""Every kernel x strategy x layout x mask against float64, every rank checked, over real ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import shardsum
+from shardsum import AttentionState, Layout, Mismatch, NonFiniteWarning, Unsupported, launch
+from shardsum.comm import Communicator
+from shardsum.strategies import STRATEGIES, Call, Strategy, as_strategy
+
+from .cases import Case, layout_of, run_all, run_case
+
+# Cases with a NaN in a visible key are among them: that they warn is tested below.
+pytestmark = pytest.mark.filterwarnings("ignore::shardsum.NonFiniteWarning")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("which", ["matrix", "corners"])
+def test_against_float64_on_every_rank(size: int, which: str) -> None:
+    counts = launch(run_all, ranks=size, transport="threads", args=(which,))
+    assert set(counts) == {480 if which == "matrix" else 48}
+
+
+@pytest.mark.parametrize("transport", ["gloo", "mpi"])
+def test_against_float64_in_processes(transport: str) -> None:
+    assert launch(run_all, ranks=3, transport=transport, args=("corners",)) == [48] * 3
+
+
+class Recorded(Strategy):
+    """A strategy that compares what it declares with what the communicator counted."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy, self.name = strategy, strategy.name
+
+    def traffic(self, call: Call) -> shardsum.comm.Traffic:
+        return self.strategy.traffic(call)
+
+    def forward(self, call: Call) -> AttentionState:
+        before = call.comm.traffic.snapshot()
+        state = self.strategy.forward(call)
+        assert call.comm.traffic - before == self.traffic(call), (self.name, call.comm.rank)
+        return state
+
+
+def declared_is_counted(comm: Communicator, name: str) -> None:
+    strategy = Recorded(STRATEGIES[name]())
+    for layout in ("contiguous", "zigzag", "weighted", "ragged"):
+        for dtype in (torch.float32, torch.bfloat16):
+            for q_replicated in (False, True):
+                run_case(comm, Case("causal", layout, dtype=dtype), strategy, "aten", q_replicated)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_declared_traffic_is_what_the_communicator_counts(name: str, size: int) -> None:
+    launch(declared_is_counted, ranks=size, transport="threads", args=(name,))
+
+
+def replicated_states(comm: Communicator, strategy: str) -> AttentionState:
+    q, k, v = (torch.randn(1, 2, 40, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    k, v = (shardsum.shard(x, comm=comm) for x in (k, v))
+    return shardsum.attention(
+        q, k, v, comm=comm, strategy=strategy, q_replicated=True, causal=True, return_state=True
+    )
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_replicated_queries_give_the_same_bits_on_every_rank(strategy: str) -> None:
+    first, *others = launch(replicated_states, ranks=5, transport="threads", args=(strategy,))
+    for other in others:
+        assert torch.equal(first.out, other.out)
+        assert torch.equal(first.lse, other.lse)
+
+
+def test_a_rank_whose_sum_is_not_finite_is_named() -> None:
+    def run(comm: Communicator, strategy: str) -> torch.Tensor:
+        x = torch.randn(1, 1, 4, 3)
+        v = x.clone()
+        if comm.rank == 1:
+            v[0, 0, 2, 0] = torch.nan
+        out: torch.Tensor = shardsum.attention(x, x, v, comm=comm, strategy=strategy)
+        return out
+
+    for strategy in sorted(STRATEGIES):
+        with pytest.warns(NonFiniteWarning, match="over the keys of rank 1 gave NaN or Inf, first at"):
+            outs = launch(run, ranks=3, transport="threads", args=(strategy,))
+        # Spread, not dropped: every row sees that value.
+        assert all(bool(out[..., 0].isnan().all() and out[..., 1:].isfinite().all()) for out in outs)
+
+
+def mistaken(comm: Communicator, change: str) -> str:
+    """The message that this rank gets when rank 1 calls otherwise than the others; then a right call works."""
+    x = torch.randn(1, 2, 3, 4)
+    options: dict[str, object] = {"causal": True, "strategy": "ring"}
+    if comm.rank == 1:
+        options |= {
+            "mask": {"causal": False},
+            "scale": {"scale": 2.0},
+            "strategy": {"strategy": "all_gather"},
+            "layout": {"layout": "zigzag"},
+            "key_range": {"key_range": ([0], [2])},
+            "value": {"window": (1,)},
+            "shape": {},
+            "dtype": {},
+        }[change]
+    y = x[:, :, :, :3] if (change, comm.rank) == ("shape", 1) else x
+    y = y.double() if (change, comm.rank) == ("dtype", 1) else y
+    with pytest.raises(ValueError, match=r".") as caught:
+        shardsum.attention(y, y, y, comm=comm, **options)
+    shardsum.attention(x, x, x, comm=comm, causal=True)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("change", ["mask", "scale", "strategy", "layout", "key_range", "shape", "dtype"])
+def test_ranks_that_ask_for_different_things_all_hear_the_same(change: str) -> None:
+    messages = launch(mistaken, ranks=3, transport="threads", args=(change,))
+    assert len(set(messages)) == 1
+    named = {"mask": "causal", "shape": "head_dim"}.get(change, change)
+    assert f"{named} must be the same on every rank: got" in messages[0]
+    assert "on rank 0, 2" in messages[0]
+    assert "on rank 1" in messages[0]
+
+
+def test_one_ranks_mistake_reaches_all_instead_of_a_hang() -> None:
+    messages = launch(mistaken, ranks=3, transport="threads", args=("value",))
+    assert messages[1].startswith("window must be (left, right)")
+    assert messages[0] == messages[2] == f"rank 1 could not take part: ValueError: {messages[1]}"
+
+
+def test_shards_that_the_layout_does_not_cut_are_refused_on_every_rank() -> None:
+    def run(comm: Communicator) -> str:
+        x = torch.randn(1, 1, 3 + 2 * comm.rank, 2)
+        with pytest.raises(ValueError, match="layout zigzag over 2 ranks cuts 8 keys into") as caught:
+            shardsum.attention(x, x, x, comm=comm, layout="zigzag")
+        with pytest.raises(ValueError, match="q_len=9, but the ranks together hold 8"):
+            shardsum.attention(x, x, x, comm=comm, q_len=9)
+        with pytest.raises(ValueError, match="same queries on every rank"):
+            shardsum.attention(x, x, x, comm=comm, q_replicated=True)
+        return str(caught.value)
+
+    assert len(set(launch(run, ranks=2, transport="threads"))) == 1
+
+
+def test_what_is_not_supported_says_so() -> None:
+    x = torch.randn(1, 2, 3, 4, requires_grad=True)
+    with pytest.raises(Unsupported, match="no gradients yet"):
+        shardsum.attention(x, x, x)
+    with torch.no_grad():
+        shardsum.attention(x, x, x)
+    with pytest.raises(Unsupported, match="strategy must be auto, all_gather, all_reduce, ring: got 'tree'"):
+        as_strategy("tree")
+    y = x.detach()
+    for wrong, message in (
+        ((y, y[:, :, :2], y), "same batch, heads and length"),
+        ((y[:, :1].expand(1, 3, 3, 4), y, y), "kv_heads must divide q_heads"),
+        ((y[0], y, y), r"q must be \(batch, heads, length, dim\)"),
+        ((y.int(), y.int(), y.int()), "one dtype"),
+        ((y, y.double(), y), "one dtype"),
+        ((y[..., :2], y, y), "same batch and head_dim"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            shardsum.attention(*wrong)
+
+
+def test_ranks_that_differ_in_what_they_call() -> None:
+    def run(comm: Communicator) -> str:
+        x = torch.randn(1, 1, 2, 2)
+        call = (
+            (lambda: shardsum.unshard(x, comm=comm))
+            if comm.rank
+            else (lambda: shardsum.attention(x, x, x, comm=comm))
+        )
+        with pytest.raises(Mismatch) as caught:
+            call()
+        return str(caught.value)
+
+    messages = launch(run, ranks=2, transport="threads")
+    assert messages[0] == messages[1]
+    assert 'call must be the same on every rank: got "attention" on rank 0, "unshard" on rank 1.' in messages[0]
+
+
+def shard_and_back(comm: Communicator) -> None:
+    x = torch.randn(3, 11, 2, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    for layout in (*map(Layout, ("contiguous", "zigzag", "striped")), layout_of("weighted", comm.size)):
+        for dim in (0, 1, -2, 2):
+            part = shardsum.shard(x, comm=comm, dim=dim, layout=layout)
+            assert torch.equal(shardsum.unshard(part, comm=comm, dim=dim, layout=layout), x)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_unshard_is_the_inverse_of_shard(size: int) -> None:
+    launch(shard_and_back, ranks=size, transport="threads")

@@ -1,0 +1,152 @@
+"""Bugs that shipped elsewhere, put back one at a time: the suite must see each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from shardsum import AttentionState, collectives, launch, state
+from shardsum.comm import Communicator
+from shardsum.comm.threads import ThreadCommunicator
+from shardsum.kernels import aten
+from shardsum.masks import Mask
+from shardsum.strategies import all_gather, all_reduce, ring
+from shardsum.strategies.base import Call
+
+from .cases import Case, run_case
+
+pytestmark = pytest.mark.filterwarnings("ignore::shardsum.NonFiniteWarning")
+
+operator = aten._operator
+merge = state.merge
+
+
+def a_masked_row_has_lse_zero(patch: pytest.MonkeyPatch) -> None:
+    """ATen's own answer for a row whose keys are all masked."""
+    attend = aten._attend
+
+    def attend_as_is(kind: str, q: Any, k: Any, v: Any, lo: Any, hi: Any, scale: float) -> AttentionState:
+        result = attend(kind, q, k, v, lo, hi, scale)
+        return AttentionState(result.out, result.lse.masked_fill(result.lse == -torch.inf, 0.0))
+
+    patch.setattr(aten, "_attend", attend_as_is)
+
+
+def all_lse_are_zero(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(aten, "_operator", lambda *args: (operator(*args)[0], operator(*args)[1] * 0))
+
+
+def lse_is_base_2(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(aten, "_operator", lambda *args: (operator(*args)[0], operator(*args)[1] / 0.6931471805599453))
+
+
+def masked_nan_leaks(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(AttentionState, "is_finite", lambda self: True)
+
+
+def partials_are_rounded_to_bfloat16(patch: pytest.MonkeyPatch) -> None:
+    def rounded(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = operator(*args)
+        return out.bfloat16().to(out.dtype), lse
+
+    patch.setattr(aten, "_operator", rounded)
+
+
+def every_mask_is_causal(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Mask, "intervals", lambda self, rows: Mask(self.q_len, self.kv_len, causal=True).rows(rows))
+    patch.setattr(Mask, "rows", Mask.__dict__["intervals"], raising=False)
+
+
+def causal_is_aligned_top_left(patch: pytest.MonkeyPatch) -> None:
+    documents = Mask._documents
+
+    def top_left(self: Mask, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        first, end, _ = documents(self, rows)
+        return first, end, rows.unsqueeze(0)
+
+    patch.setattr(Mask, "_documents", top_left)
+
+
+def the_ring_drops_its_last_hop(patch: pytest.MonkeyPatch) -> None:
+    partial = Call.partial
+
+    def dropped(self: Call, q: Any, k: Any, v: Any, *, rows_of: int, keys_of: int) -> AttentionState:
+        result = partial(self, q, k, v, rows_of=rows_of, keys_of=keys_of)
+        last = keys_of == (rows_of + 1) % self.comm.size
+        return AttentionState.empty(*result.out.shape, dtype=result.out.dtype) if last else result
+
+    patch.setattr(Call, "partial", dropped)
+
+
+def two_empty_states_merge_to_nan(patch: pytest.MonkeyPatch) -> None:
+    def naive(a: AttentionState, b: AttentionState) -> AttentionState:
+        lse = torch.logaddexp(a.lse, b.lse)
+        out = a.out * (a.lse - lse).exp().unsqueeze(-1) + b.out * (b.lse - lse).exp().unsqueeze(-1)
+        return AttentionState(out, lse)
+
+    for module in (aten, ring, all_gather):
+        patch.setattr(module, "merge", naive)
+    patch.setattr(state, "merge", naive)
+
+
+def a_rank_with_nan_is_dropped(patch: pytest.MonkeyPatch) -> None:
+    def forgiving(states: list[AttentionState]) -> AttentionState:
+        good = [s for s in states if not s.out.isnan().any()]
+        return state.merge_all(good or [AttentionState.empty(*states[0].out.shape)])
+
+    patch.setattr(collectives, "merge_all", forgiving)
+
+
+def the_rank_is_a_cached_global(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ThreadCommunicator, "rank", property(lambda self: 0, lambda self, rank: None), raising=False)
+
+
+def the_states_go_to_the_wrong_rows(patch: pytest.MonkeyPatch) -> None:
+    scatter = collectives.reduce_scatter_states
+    patch.setattr(all_reduce, "reduce_scatter_states", lambda comm, states: scatter(comm, states[::-1]))
+
+
+def keys_of_an_uneven_shard_are_cut_to_the_shortest(patch: pytest.MonkeyPatch) -> None:
+    gather = Communicator.all_gather
+
+    def even(self: Communicator, part: Any, shapes: Any = None) -> list[torch.Tensor]:
+        parts = gather(self, part, shapes)
+        if part.ndim == 4:
+            shortest = min(p.shape[2] for p in parts)
+            parts = [torch.cat([p[:, :, :shortest], 0 * p[:, :, shortest:]], dim=2) for p in parts]
+        return parts
+
+    patch.setattr(Communicator, "all_gather", even)
+
+
+BUGS: dict[Callable[[pytest.MonkeyPatch], None], tuple[Case, str]] = {
+    a_masked_row_has_lse_zero: (Case("window", "zigzag", q_len=70, kv_len=71), "ring"),
+    all_lse_are_zero: (Case("full", "contiguous"), "ring"),
+    lse_is_base_2: (Case("full", "contiguous"), "all_reduce"),
+    masked_nan_leaks: (Case("causal", "contiguous", nan_key=16), "all_gather"),
+    partials_are_rounded_to_bfloat16: (Case("full", "zigzag", dtype=torch.bfloat16), "ring"),
+    every_mask_is_causal: (Case("window", "striped"), "all_gather"),
+    causal_is_aligned_top_left: (Case("causal", "contiguous"), "all_reduce"),
+    the_ring_drops_its_last_hop: (Case("full", "striped"), "ring"),
+    two_empty_states_merge_to_nan: (Case("causal", "contiguous", q_len=13, kv_len=5), "ring"),
+    a_rank_with_nan_is_dropped: (Case("causal", "contiguous", nan_key=1), "all_reduce"),
+    the_rank_is_a_cached_global: (Case("causal", "contiguous"), "ring"),
+    the_states_go_to_the_wrong_rows: (Case("full", "contiguous"), "all_reduce"),
+    keys_of_an_uneven_shard_are_cut_to_the_shortest: (Case("full", "ragged"), "all_gather"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+def test_the_suite_sees(bug: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    case, strategy = BUGS[bug]
+
+    def run(comm: Communicator) -> None:
+        run_case(comm, case, strategy, "aten", q_replicated=False)
+
+    launch(run, ranks=3, transport="threads", deadline=20)  # right without the bug
+    bug(monkeypatch)
+    with pytest.raises((AssertionError, ValueError, RuntimeError)):
+        launch(run, ranks=3, transport="threads", deadline=2)
