@@ -1,0 +1,5 @@
+"""`python -m shardsum` is the command `shardsum`."""
+
+from .cli import main
+
+main()

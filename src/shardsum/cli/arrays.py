@@ -1,0 +1,86 @@
+"""Arrays on disk: memory-mapped, so that a rank reads only what it needs; written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SUFFIXES = (".npy", ".safetensors")
+
+
+def open_array(name: str) -> Tensor:
+    """The array in a .npy file, or the tensor in FILE.safetensors or FILE.safetensors:TENSOR, memory-mapped.
+
+    Raises: ValueError of one line for a file that is missing, malformed or holds no floating-point numbers.
+    """
+    file, _, key = name.partition(":") if ".safetensors:" in name else (name, "", "")
+    path = Path(file)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} must be a {' or '.join(SUFFIXES)} file.")
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    try:
+        array = _open_npy(path) if path.suffix == ".npy" else _open_safetensors(path, key)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise ValueError(f"can't read {name}: {' '.join(str(error).split())}") from error
+    if not array.is_floating_point():
+        raise ValueError(f"{name} must hold floating-point numbers: got {array.dtype}.")
+    return array
+
+
+def _open_npy(path: Path) -> Tensor:
+    # "c" (copy on write): torch wants memory that may be written, and the file must not be.
+    return torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))
+
+
+def _open_safetensors(path: Path, key: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        keys = list(file.keys())
+        if not key and len(keys) != 1:
+            raise ValueError(f"it holds {len(keys)} tensors, name one as {path}:NAME ({', '.join(keys[:8])})")
+        if key and key not in keys:
+            raise ValueError(f"it has no tensor {key!r}, only {', '.join(keys[:8])}")
+        tensor: Tensor = file.get_tensor(key or keys[0])
+        return tensor
+
+
+def part(array: Tensor, dim: int, positions: Tensor) -> Tensor:
+    """The given increasing positions of a dimension: a view of the file where they are consecutive."""
+    count = len(positions)
+    if count == 0 or int(positions[-1] - positions[0]) == count - 1:
+        return array.narrow(dim, int(positions[0]) if count else 0, count)
+    return array.index_select(dim, positions)
+
+
+def check_output(name: str, dtype: torch.dtype | None = None) -> None:
+    """Raise ValueError where `save` could not write there, before the work is done."""
+    path = Path(name)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"the output must be a {' or '.join(SUFFIXES)} file: got {path}.")
+    if not path.parent.is_dir():
+        raise ValueError(f"no such folder: {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"the folder {path.parent} can't be written to.")
+    if dtype is torch.bfloat16 and path.suffix == ".npy":
+        raise ValueError(f".npy files have no bfloat16: write {path.stem}.safetensors.")
+
+
+def save(name: str, array: Tensor) -> None:
+    """Write the array; the file appears whole."""
+    path = Path(name)
+    unfinished = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{path.suffix}")
+    try:
+        if path.suffix == ".npy":
+            np.save(unfinished, array.numpy())
+        else:
+            safetensors.torch.save_file({"out": array.contiguous()}, unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

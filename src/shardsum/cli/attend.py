@@ -1,0 +1,167 @@
+"""`shardsum attend`: attention, or a plain weighted sum, over arrays on disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+
+from ..attention import attention, unshard, weighted_sum
+from ..comm import Communicator, agree
+from ..kernels import KERNELS
+from ..layouts import NAMES, Layout
+from ..problem import Problem
+from ..strategies import STRATEGIES
+from .arrays import check_output, open_array, part, save
+from .common import on_ranks, pair, print_json, rank_options
+
+RANKS = 2
+
+
+@click.command()
+@click.option("-q", "--q", help="Queries: (batch, q_heads, q_len, head_dim); batch and heads may be missing.")
+@click.option("-k", "--k", help="Keys: (batch, kv_heads, kv_len, head_dim).")
+@click.option("-v", "--v", required=True, help="Values: (batch, kv_heads, kv_len, v_dim).")
+@click.option("--weights", help="Weights (..., keys) instead of --q and --k: a plain weighted sum.")
+@click.option("-o", "--output", required=True, help="Where the result goes: a .npy or .safetensors file.")
+@click.option("--causal", is_flag=True, help="A query sees no key after its own position.")
+@click.option("--window", metavar="LEFT,RIGHT", help="Only so many keys around a query; '4,' is no limit right.")
+@click.option("--key-range", metavar="START,END", help="Only the keys from START up to, without, END.")
+@click.option("--cu-seqlens", metavar="0,A,B,...", help="Cumulative lengths of packed documents.")
+@click.option("--q-start", type=int, help="The first query's position.  [default: the last meets the last key]")
+@click.option("--scale", type=float, help="Multiplies the scores.  [default: 1/sqrt(head_dim)]")
+@click.option("--layout", type=click.Choice(NAMES), default="contiguous", show_default=True)
+@click.option(
+    "--strategy",
+    type=click.Choice(list(STRATEGIES)),
+    default="all_reduce",
+    show_default=True,
+    help="all_reduce moves queries and results only.",
+)
+@click.option("--kernel", type=click.Choice(list(KERNELS)), default="aten", show_default=True)
+@rank_options(RANKS)
+def attend(ranks: int | None, transport: str | None, as_json: bool, output: str, **options: Any) -> None:
+    """Attention over arrays on disk, .npy or safetensors (FILE or FILE:TENSOR); a rank reads its own keys only.
+
+    \b
+    Examples:
+      shardsum attend --q Q.npy --k K.npy --v V.npy -o OUT.npy -n 4 --causal
+      shardsum attend --weights W.npy --v V.npy -o OUT.npy
+    """
+    _check_usage(options)
+    options["window"] = pair(options["window"], "--window")
+    options["key_range"] = pair(options["key_range"], "--key-range")
+    if options["cu_seqlens"] is not None:
+        try:
+            options["cu_seqlens"] = [int(edge) for edge in options["cu_seqlens"].split(",")]
+        except ValueError:
+            raise click.UsageError(
+                f"--cu-seqlens must be whole numbers, as in 0,5,9: got {options['cu_seqlens']!r}."
+            ) from None
+    work = sum_on_rank if options["weights"] else attend_on_rank
+    with Console(stderr=True).status("reading and summing"):
+        report = on_ranks(work, ranks, transport, options, output, default_ranks=RANKS)
+    if report is None:
+        return
+    if as_json:
+        print_json(report)
+    else:
+        shape = " x ".join(map(str, report["shape"]))
+        click.echo(
+            f"{output}: {shape}, {report['dtype']}, from {report['keys']:,} keys on {report['ranks']} ranks "
+            f"({report['transport']}), {report['sent_bytes_per_rank']:,} bytes sent by rank 0, "
+            f"{report['seconds']:.2f} s"
+        )
+
+
+def _check_usage(options: dict[str, Any]) -> None:
+    if options["weights"]:
+        others = ("q", "k", "window", "key_range", "cu_seqlens", "q_start", "scale")
+        given = [name for name in others if options[name] is not None]
+        if given or options["causal"]:
+            raise click.UsageError("--weights are given already: leave --q, --k, --scale and the masks out.")
+    elif not (options["q"] and options["k"]):
+        raise click.UsageError("attention needs --q, --k and --v; a plain weighted sum needs --weights and --v.")
+
+
+def attend_on_rank(comm: Communicator, options: dict[str, Any], output: str) -> dict[str, Any]:
+    """Attention over this rank's part of the files; rank 0 writes the output."""
+    started = time.perf_counter()
+
+    def read() -> tuple[torch.Tensor, ...]:
+        arrays = [open_array(options[name]) for name in "qkv"]
+        if len({x.ndim for x in arrays}) > 1 or not 2 <= arrays[0].ndim <= 4:
+            raise ValueError(
+                "q, k and v must all be (batch, heads, length, dim), or all lack the first of these: got "
+                + ", ".join(f"{name} {tuple(x.shape)}" for name, x in zip("qkv", arrays, strict=True))
+            )
+        whole = [x[(None,) * (4 - x.ndim)] for x in arrays]
+        Problem.of(*whole)
+        check_output(output, arrays[0].dtype)
+        return (*whole, arrays[0])
+
+    q, k, v, as_given = _on_every_rank(comm, read)
+    layout = Layout(options["layout"])
+    own = [part(x, 2, layout.positions(x.shape[2], comm.rank, comm.size)) for x in (q, k, v)]
+    names = ("causal", "window", "cu_seqlens", "q_start", "scale", "layout", "strategy", "kernel")
+    key_range = options["key_range"]
+    if key_range is not None:
+        start, end = key_range
+        end = k.shape[2] if end is None else end
+        key_range = ([start or 0] * q.shape[0], [end] * q.shape[0])
+    local = attention(*own, comm=comm, key_range=key_range, **{name: options[name] for name in names})
+    out = unshard(local, comm=comm, layout=layout).reshape(*as_given.shape[:-1], v.shape[3])
+    return _finish(comm, output, out, k.shape[2], started)
+
+
+def sum_on_rank(comm: Communicator, options: dict[str, Any], output: str) -> dict[str, Any]:
+    """The weighted sum of this rank's part of the files; rank 0 writes the output."""
+    started = time.perf_counter()
+
+    def read() -> tuple[torch.Tensor, torch.Tensor]:
+        weights, values = open_array(options["weights"]), open_array(options["v"])
+        if weights.ndim < 1 or values.ndim < 2 or weights.shape[-1] != values.shape[-2]:
+            raise ValueError(
+                "weights (..., keys) and values (..., keys, v_dim) must have the same number of keys: "
+                f"got {tuple(weights.shape)} and {tuple(values.shape)}."
+            )
+        check_output(output, values.dtype)
+        return weights, values
+
+    weights, values = _on_every_rank(comm, read)
+    layout = Layout(options["layout"])
+    mine = layout.positions(weights.shape[-1], comm.rank, comm.size)
+    out = weighted_sum(part(weights, -1, mine), part(values, -2, mine), comm=comm)
+    return _finish(comm, output, out, weights.shape[-1], started)
+
+
+def _on_every_rank(comm: Communicator, read: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    """What `read` returns, once it has succeeded on every rank; its ValueError otherwise, on every rank."""
+    arrays: tuple[torch.Tensor, ...] = ()
+    error = None
+    try:
+        arrays = read()
+    except ValueError as mistake:
+        error = mistake
+    agree(comm, {"call": "attend", "shapes": [list(x.shape) for x in arrays]}, error=error)
+    return arrays
+
+
+def _finish(comm: Communicator, output: str, out: torch.Tensor, keys: int, started: float) -> dict[str, Any]:
+    if comm.rank == 0:
+        save(output, out)
+    comm.barrier()
+    return {
+        "output": output,
+        "shape": list(out.shape),
+        "dtype": str(out.dtype).removeprefix("torch."),
+        "keys": keys,
+        "ranks": comm.size,
+        "transport": comm.transport,
+        "sent_bytes_per_rank": comm.traffic.sent_bytes,
+        "seconds": time.perf_counter() - started,
+    }

@@ -1,0 +1,139 @@
+"""`shardsum verify`: every strategy, layout, mask and transport of this machine against float64."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from ..attention import attention, shard
+from ..comm import Communicator, connect
+from ..comm.connect import mpi_installed
+from ..kernels import KERNELS
+from ..layouts import Layout
+from ..strategies import STRATEGIES
+from .common import console, launchers_rank, on_ranks, print_json, progress, rank_options
+
+RANKS = 3
+Q_LEN, KV_LEN, Q_HEADS, KV_HEADS, HEAD_DIM, V_DIM = 43, 61, 6, 2, 16, 24
+# Sums of 61 float32 terms in any order: the tests hold 2e-6, relative norm and largest lse alike.
+TOLERANCE = 1e-5
+MASKS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window": (7, 3)},
+    "causal window": {"causal": True, "window": (11, None)},
+    "key range": {"causal": True, "key_range": ([5, 0], [57, 31])},
+    "documents": {"causal": True, "cu_seqlens": [0, 3, 3, 20, 43], "cu_seqlens_k": [0, 5, 6, 30, 61]},
+    "document windows": {"window": (4, 1), "cu_seqlens": [0, 3, 3, 20, 43], "cu_seqlens_k": [0, 5, 6, 30, 61]},
+    "earlier queries": {"causal": True, "q_start": [9, -4]},
+}
+LAYOUTS = ("contiguous", "zigzag", "striped", "weighted")
+
+
+@click.command()
+@rank_options(RANKS)
+def verify(ranks: int | None, transport: str | None, as_json: bool) -> int | None:
+    """Check every strategy, layout, mask and transport that this machine has against float64, on every rank.
+
+    Exit status 1 if anything is wrong.
+
+    \b
+    Example:
+      shardsum verify -n 4
+    """
+    if transport is not None or launchers_rank() is not None:
+        transports = [transport]
+    else:
+        transports = ["threads", "gloo", *(["mpi"] if mpi_installed() else [])]
+    found = [on_ranks(check_all, ranks, name, default_ranks=RANKS) for name in transports]
+    results = [one for one in found if one is not None]
+    if not results:
+        return None
+    failures = [failure for one in results for failure in one["failures"]]
+    if as_json:
+        print_json({"tolerance": TOLERANCE, "ok": not failures, "results": results})
+    else:
+        _show(results, failures)
+    return 1 if failures else None
+
+
+def _cases() -> Iterator[tuple[str, str, str, str, bool]]:
+    for strategy, layout in itertools.product(STRATEGIES, LAYOUTS):
+        yield from ((strategy, layout, *rest) for rest in itertools.product(MASKS, KERNELS, (False, True)))
+
+
+def check_all(comm: Communicator) -> dict[str, Any]:
+    """The largest error of each strategy and layout over all ranks, and which cases were wrong."""
+    device = "cuda" if comm.transport == "nccl" else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(2, Q_HEADS, Q_LEN, HEAD_DIM), (2, KV_HEADS, KV_LEN, HEAD_DIM), (2, KV_HEADS, KV_LEN, V_DIM)]
+    whole = [torch.randn(size, generator=generator, dtype=torch.float64).to(device) for size in sizes]
+    expected = {
+        mask: attention(*whole, comm=connect("single"), kernel="reference", return_state=True, **options)
+        for mask, options in MASKS.items()
+    }
+    cases, errors = list(_cases()), []
+    with progress(visible=comm.rank == 0) as bar:
+        for strategy, name, mask, kernel, q_replicated in bar.track(cases, description=comm.transport):
+            layout = Layout.weighted([1 + rank % 3 for rank in range(comm.size)]) if name == "weighted" else name
+            q, k, v = (shard(x.float(), comm=comm, layout=layout) for x in whole)
+            state = attention(
+                whole[0].float() if q_replicated else q, k, v, comm=comm, layout=layout, strategy=strategy,
+                kernel=kernel, q_replicated=q_replicated, return_state=True, **MASKS[mask],
+            )  # fmt: skip
+            out, lse = expected[mask].out, expected[mask].lse.unsqueeze(-1)
+            if not q_replicated:
+                out, lse = (shard(x, comm=comm, layout=layout) for x in (out, lse))
+            errors.append(max(_error(state.out, out), _error(state.lse.unsqueeze(-1), lse)))
+    worst = torch.stack(comm.all_gather(torch.tensor(errors, dtype=torch.float64, device=device))).amax(0).tolist()
+    largest: dict[str, dict[str, float]] = {}
+    for (strategy, name, *_), error in zip(cases, worst, strict=True):
+        row = largest.setdefault(strategy, {})
+        row[name] = max(row.get(name, 0.0), error)
+    return {
+        "transport": comm.transport,
+        "ranks": comm.size,
+        "cases": len(cases),
+        "largest_error": largest,
+        "failures": [
+            {"transport": comm.transport, "strategy": strategy, "layout": name, "mask": mask, "kernel": kernel,
+             "q_replicated": q_replicated, "error": error}
+            for (strategy, name, mask, kernel, q_replicated), error in zip(cases, worst, strict=True)
+            if not error <= TOLERANCE
+        ],
+    }  # fmt: skip
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """The relative norm of the difference; inf where one is infinite or NaN and the other is not."""
+    if expected.numel() == 0:
+        return 0.0
+    finite = expected.isfinite()
+    if not torch.equal(found[~finite].double(), expected[~finite]) or not bool(found[finite].isfinite().all()):
+        return torch.inf
+    difference, scale = (found[finite] - expected[finite]).norm(), expected[finite].norm()
+    return float(difference / scale) if scale else float(difference)
+
+
+def _show(results: list[dict[str, Any]], failures: list[dict[str, Any]]) -> None:
+    out = console()
+    table = Table("strategy", "layout", *(one["transport"] for one in results))
+    for strategy, layout in itertools.product(STRATEGIES, LAYOUTS):
+        errors = [one["largest_error"][strategy][layout] for one in results]
+        marked = [f"[green]ok[/]     {e:.0e}" if e <= TOLERANCE else f"[bold red]WRONG[/] {e:.0e}" for e in errors]
+        table.add_row(strategy, layout, *marked)
+    out.print(table)
+    total, size = sum(one["cases"] for one in results), results[0]["ranks"]
+    out.print(
+        f"{total - len(failures):,} of {total:,} cases agree with float64 on each of {size} ranks, to "
+        f"{TOLERANCE:g} (the largest relative error of {len(MASKS)} masks, {len(KERNELS)} kernels, queries "
+        "sharded and replicated)."
+    )
+    for failure in failures[:20]:
+        out.print("wrong: " + ", ".join(f"{key} {value}" for key, value in failure.items()))

@@ -1,0 +1,111 @@
+"""`shardsum generate` and `shardsum demo`: the same tokens as one process, in the figures too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ..hf.tiny import tiny, words
+from .run import assert_refused, launched, shardsum
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny("Llama").save_pretrained(folder)
+    words().save_pretrained(folder)
+    (folder / "prompt.txt").write_text(" ".join(f"w{token * 7 % 97}" for token in range(90)))
+    return folder
+
+
+def command(folder: Path, *options: object) -> list[object]:
+    return ["generate", "--model", folder, "--prompt-file", folder / "prompt.txt", "--new-tokens", 12, *options]
+
+
+@pytest.mark.parametrize(("ranks", "transport"), [(2, "threads"), (3, "threads"), (2, "gloo"), (2, "mpi")])
+def test_as_one_process_alone(capsys: Capture, folder: Path, ranks: int, transport: str) -> None:
+    done = shardsum(capsys, *command(folder, "-n", ranks, "--transport", transport, "--json"))
+    assert done.status == 0, done.err
+    found = done.json
+    assert (found["ranks"], found["transport"], found["new_tokens"]) == (ranks, transport, 12)
+    assert found["tokens_identical"] is True
+    assert 0 < found["largest_logit_difference"] < 1e-3
+    # 2 layers, k and v, 2 heads of 8 float32, 101 positions: the last new token is in nobody's cache.
+    assert found["kv_bytes_alone"] == 2 * 2 * 2 * 8 * 4 * 101
+    assert len(found["kv_bytes_per_rank"]) == ranks
+    # Per rank, peer and layer: a header of 64 bytes and, for each of 4 heads, a state of 8 + 1 float32; then rank
+    # 0's choice: the token, and whether to stop.
+    states = ranks * (ranks - 1) * 2 * (64 + 4 * 9 * 4)
+    assert found["wire_bytes_per_token"] == states + (ranks - 1) * 2 * 8
+    assert found["answer"].count("w") == 12
+
+
+def test_the_table(capsys: Capture, folder: Path) -> None:
+    done = shardsum(capsys, *command(folder, "--transport", "threads"))
+    assert done.status == 0, done.err
+    for row in (
+        "tokens identical",
+        "largest logit difference",
+        "KV bytes per rank",
+        "bytes on the wire per token",
+    ):
+        assert row in done.out
+    alone = shardsum(capsys, *command(folder, "--transport", "threads", "--no-alone", "--json")).json
+    assert alone["tokens_identical"] is None
+    assert alone["answer"].split()[0] in done.out
+
+
+@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+def test_under_a_launcher(folder: Path, launcher: str) -> None:
+    done = launched(launcher, *command(folder, "--json"))
+    assert done.status == 0, done.err
+    assert (done.json["ranks"], done.json["tokens_identical"]) == (2, True)
+
+
+def test_wrong_input_is_one_line(capsys: Capture, folder: Path, tmp_path: Path) -> None:
+    def refused(*words: str, **changed: object) -> None:
+        options = {"--model": folder, "--prompt-file": folder / "prompt.txt", "--transport": "threads", **changed}
+        flat = [x for name, value in options.items() for x in (name, value)]
+        assert_refused(shardsum(capsys, "generate", *flat), *words)
+
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    tiny("Mamba", state_size=4).save_pretrained(tmp_path / "mamba")
+    words().save_pretrained(tmp_path / "mamba")
+    refused("none.txt", "No such file", **{"--prompt-file": tmp_path / "none.txt"})
+    refused("empty", **{"--prompt-file": tmp_path / "empty.txt"})
+    refused("UTF-8", **{"--prompt-file": tmp_path / "binary.txt"})
+    refused("does not exist", **{"--model": tmp_path / "none"})
+    refused("not a model", **{"--model": tmp_path / "empty.txt"})
+    refused("128 positions", "140", **{"--new-tokens": 50})
+    refused("MambaMixer", "mixes tokens", **{"--model": tmp_path / "mamba", "--new-tokens": 4})
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("transport", ["mpi", "gloo", "threads"])
+def test_the_demo(capsys: Capture, ranks: int, transport: str) -> None:
+    assert_demo(shardsum(capsys, "demo", "-n", ranks, "--transport", transport, "--json").json, ranks)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+def test_the_demo_under_a_launcher(launcher: str) -> None:
+    done = launched(launcher, "demo", "--json")
+    assert done.status == 0, done.err
+    assert_demo(done.json, 2)
+
+
+def assert_demo(found: dict[str, object], ranks: int) -> None:
+    assert found["ranks"] == ranks
+    assert found["prompt_tokens"] >= 6000  # type: ignore[operator]
+    assert found["new_tokens"] >= 64  # type: ignore[operator]
+    assert found["tokens_identical"] is True
+    assert found["largest_logit_difference"] <= 1e-3  # type: ignore[operator]
+    share = max(found["kv_bytes_per_rank"]) / found["kv_bytes_alone"]  # type: ignore[call-overload,operator]
+    assert share <= 1.05 / ranks

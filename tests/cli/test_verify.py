@@ -1,0 +1,40 @@
+"""`shardsum verify` passes here, and says what is wrong when something is."""
+
+from __future__ import annotations
+
+import pytest
+from torch import Tensor
+
+from shardsum.state import AttentionState
+from shardsum.strategies import STRATEGIES, Call, Ring
+
+from .run import shardsum
+
+
+def test_all_is_right(capsys: pytest.CaptureFixture[str]) -> None:
+    done = shardsum(capsys, "verify", "-n", 2, "--transport", "threads", "--json")
+    assert done.status == 0, done.out
+    (result,) = done.json["results"]
+    assert result["cases"] == 3 * 4 * 8 * 2 * 2
+    assert {(s, layout) for s, row in result["largest_error"].items() for layout in row} == {
+        (s, layout) for s in STRATEGIES for layout in ("contiguous", "zigzag", "striped", "weighted")
+    }
+    assert all(error < 1e-6 for row in result["largest_error"].values() for error in row.values())
+
+
+def test_a_wrong_strategy_is_found(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Ring.forward
+
+    def doubled(self: Ring, call: Call) -> AttentionState:
+        state = right(self, call)
+        out: Tensor = state.out * 2
+        return AttentionState(out, state.lse) if call.comm.rank == 1 else state
+
+    monkeypatch.setattr(Ring, "forward", doubled)
+    done = shardsum(capsys, "verify", "-n", 2, "--transport", "threads", "--json")
+    assert done.status == 1
+    assert {failure["strategy"] for failure in done.json["results"][0]["failures"]} == {"ring"}
+    text = shardsum(capsys, "verify", "-n", 2, "--transport", "threads")
+    assert text.status == 1
+    assert "WRONG" in text.out
+    assert "strategy ring" in text.out
