@@ -7,12 +7,28 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import GPT2_SIZES, assert_same, on_ranks, plain, prompt, tiny
 
 from shardsum.comm import connect
 from shardsum.errors import Unsupported
 from shardsum.hf import sharded
 
+from .tiny import GPT2_SIZES, assert_same, on_ranks, plain, prompt, tiny
+
+# It caches what keys and values are made from.
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
 ACCEPTED: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Qwen2": {},
@@ -24,6 +40,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "Gemma3Text": {"head_dim": 8, "sliding_window": 4, "num_hidden_layers": 6},
     "Cohere2": {"sliding_window": 4},
     "GPT2": GPT2_SIZES,
+    "GPTBigCode": {**GPT2_SIZES, "multi_query": True},
     "GPTNeoX": {},
     "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "Phi3": {},
@@ -50,6 +67,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2, "attention_chunk_size": 8},
         r"\(Llama4TextAttention\): the attention mask is not",
     ),
+    "DeepseekV3": (DEEPSEEK, r"\(DeepseekV3Attention\) attends to other keys and values than it puts into"),
     "Bert": ({}, r"\(BertSelfAttention\): the attention mask is not a causal mask"),
 }
 

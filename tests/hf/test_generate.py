@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import re
+from types import FunctionType
 from typing import Any
 
 import pytest
 import torch
-from tiny import assert_same, on_ranks, plain, prompt, tiny
-from transformers import TextStreamer
+from transformers import GenerationConfig, TextStreamer
 
-from shardsum.comm import connect, launch
+from shardsum.comm import launch
 from shardsum.errors import Mismatch, Unsupported
 from shardsum.hf import generate, sharded
+
+from .tiny import assert_same, on_ranks, plain, prompt, tiny, words
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "OPT"])
@@ -60,6 +63,12 @@ def test_beam_search(ranks: int) -> None:
     assert_same(expected, on_ranks(model, prompt(11, 2), ranks, **arguments))
 
 
+def test_beam_search_from_one_token() -> None:
+    model = tiny("Llama")
+    expected = plain(model, prompt(1), num_beams=3)
+    assert_same(expected, on_ranks(model, prompt(1), 2, num_beams=3))
+
+
 def test_beam_search_with_padding_and_an_end() -> None:
     model = tiny("Llama")
     mask = torch.ones(2, 11, dtype=torch.int64)
@@ -69,12 +78,25 @@ def test_beam_search_with_padding_and_an_end() -> None:
     assert_same(expected, on_ranks(model, prompt(11, 2), 2, **arguments))
 
 
+@pytest.mark.parametrize("copies", [1, 3])
+def test_sampling_with_a_seed_gives_transformers_own_tokens(copies: int) -> None:
+    """Rank 0 alone draws: threads share one generator."""
+    model = tiny("Llama")
+    arguments = {"do_sample": True, "max_new_tokens": 8, "num_return_sequences": copies}
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    mask[1, :5] = 0
+    torch.manual_seed(11)
+    expected = plain(model, prompt(9, 2), attention_mask=mask, **arguments)
+    assert len(expected.sequences) == 2 * copies
+    for ranks in (1, 3):
+        torch.manual_seed(11)
+        assert_same(expected, on_ranks(model, prompt(9, 2), ranks, attention_mask=mask, **arguments))
+
+
 def test_sampling_follows_rank_zero() -> None:
     """Each rank draws from a generator of its own, so tokens agree only if rank 0's are taken."""
     model = tiny("Llama")
     ids = prompt(9, 2)
-    torch.manual_seed(11)
-    expected = plain(model, ids, do_sample=True, max_new_tokens=12).sequences
     models = [copy.deepcopy(model) for _ in range(3)]
 
     def run(comm: Any) -> Any:
@@ -88,10 +110,6 @@ def test_sampling_follows_rank_zero() -> None:
     alone = [model.generate(ids, max_new_tokens=12, logits_processor=[_DrawsFrom(rank)]) for rank in range(3)]
     assert torch.equal(results[0], alone[0]), "rank 0's draws decide"
     assert not torch.equal(alone[0], alone[1]), "the ranks would have drawn otherwise"
-    # With one rank, the global generator gives Transformers' own tokens.
-    torch.manual_seed(11)
-    single = generate(model, ids, comm=connect("single"), do_sample=True, max_new_tokens=12)
-    assert torch.equal(single, expected)
 
 
 class _DrawsFrom:
@@ -123,6 +141,33 @@ def test_rows_end_separately() -> None:
     arguments = {"eos_token_id": list(range(0, 97, 4)), "pad_token_id": 0, "max_new_tokens": 12}
     expected = plain(model, prompt(9, 4), **arguments)
     assert_same(expected, on_ranks(model, prompt(9, 4), 2, **arguments))
+
+
+@pytest.mark.parametrize("where", ["argument", "generation_config"])
+def test_stop_strings(where: str) -> None:
+    model, tokenizer = tiny("Llama"), words()
+    whole = plain(model, prompt(9), max_new_tokens=12).sequences[0].tolist()
+    options: dict[str, Any] = {"max_new_tokens": 12, "stop_strings": [tokenizer.decode(whole[13])]}
+    expected = plain(model, prompt(9), tokenizer=tokenizer, **options)
+    assert 9 < expected.sequences.shape[1] < 9 + 12
+    if where == "generation_config":
+        config = GenerationConfig(**options, return_dict_in_generate=True)
+        models = [copy.deepcopy(model) for _ in range(2)]
+
+        def run(comm: Any) -> Any:
+            given = {"generation_config": config, "tokenizer": tokenizer}
+            return generate(models[comm.rank], prompt(9), comm=comm, **given).sequences
+
+        results = launch(run, ranks=2, transport="threads")
+        assert all(torch.equal(result, expected.sequences) for result in results)
+        assert config.stop_strings == options["stop_strings"]
+    else:
+        assert_same(expected, on_ranks(model, prompt(9), 2, tokenizer=tokenizer, **options))
+
+
+def test_stop_strings_need_the_tokenizer() -> None:
+    with pytest.raises(ValueError, match="pass tokenizer="):
+        on_ranks(tiny("Llama"), prompt(9), 2, stop_strings=["w3"])
 
 
 def test_streamer_is_heard_on_rank_zero() -> None:
@@ -189,36 +234,69 @@ def test_what_is_refused() -> None:
         ({"num_beams": 2, "do_sample": True}, Unsupported, "do_sample"),
         ({"use_cache": False}, Unsupported, "use_cache"),
         ({"output_attentions": True}, Unsupported, "output_attentions"),
+        ({"output_hidden_states": True}, Unsupported, "output_hidden_states"),
         ({"past_key_values": object()}, Unsupported, "new_cache"),
         ({"max_new_tokens": 120}, ValueError, "has 128 positions: got a prompt and new tokens of 129"),
         ({"max_new_tokens": None, "max_length": 200}, ValueError, "128 positions"),
     ]
     for arguments, error, message in cases:
-        with pytest.raises(error, match=message):
-            on_ranks(model, prompt(9), 2, **arguments)
+        for caught in _errors([model] * 2, **arguments):
+            assert type(caught) is error, arguments
+            assert re.search(message, str(caught))
+    for ids in (prompt(9)[0], prompt(9)[:, :0]):
+        with pytest.raises(ValueError, match=r"input_ids must be \(batch, tokens\), one token at least"):
+            on_ranks(model, ids, 2)
+    # Rank 0 alone hears the streamer: the first error is ours, the second one TextStreamer's own.
+    for streamer, message in ((_Deaf(), "can't follow beam search"), (TextStreamer(words()), "batch size 1")):
+        first, second = _errors([model] * 2, num_beams=2, streamer=streamer)
+        assert message in str(first)
+        assert isinstance(second, Mismatch)
 
 
-def test_different_prompts_are_found() -> None:
-    models = [tiny("Llama") for _ in range(2)]
+class _Deaf(TextStreamer):  # type: ignore[misc]
+    def __init__(self) -> None:
+        pass
 
-    def run(comm: Any) -> Any:
-        return generate(models[comm.rank], prompt(9) + comm.rank, comm=comm, max_new_tokens=2)
-
-    with pytest.raises(Mismatch, match="input_ids must be the same on every rank"):
-        launch(run, ranks=2, transport="threads")
+    def put(self, value: torch.Tensor) -> None:
+        pass
 
 
-def test_one_rank_whose_model_is_refused_stops_all() -> None:
-    models = [tiny("Llama"), tiny("Llama").train()]
-    seen: dict[int, ValueError] = {}
+def _errors(models: list[Any], **arguments: Any) -> list[Any]:
+    """What each rank raises; `arguments` that are functions of the rank are called."""
+    models = [copy.deepcopy(model) for model in models]
+    raised: list[Any] = [None for _ in models]
 
-    def run(comm: Any) -> Any:
+    def run(comm: Any) -> None:
+        own = {k: v(comm.rank) if isinstance(v, FunctionType) else v for k, v in arguments.items()}
         try:
-            generate(models[comm.rank], prompt(9), comm=comm, max_new_tokens=2)
+            generate(models[comm.rank], **{"input_ids": prompt(9), "max_new_tokens": 2, **own}, comm=comm)
         except ValueError as error:
-            seen[comm.rank] = error
+            raised[comm.rank] = error
 
-    launch(run, ranks=2, transport="threads")
-    assert isinstance(seen[0], Mismatch)
-    assert "rank 1 could not take part" in str(seen[0])
-    assert "training mode" in str(seen[1])
+    launch(run, ranks=len(models), transport="threads")
+    return raised
+
+
+@pytest.mark.parametrize(
+    ("name", "by_rank"),
+    [
+        ("input_ids", lambda rank: prompt(9) + rank),
+        ("max_new_tokens", lambda rank: 2 + rank),
+        ("length_penalty", lambda rank: 1.0 + rank),
+    ],
+)
+def test_ranks_that_ask_for_different_things_are_told(name: str, by_rank: Any) -> None:
+    for error in _errors([tiny("Llama")] * 2, num_beams=2, **{name: by_rank}):
+        assert isinstance(error, Mismatch)
+        assert f"{name} must be the same on every rank" in str(error)
+
+
+def test_one_rank_whose_call_is_refused_stops_all() -> None:
+    for models, arguments, message in (
+        ([tiny("Llama"), tiny("Llama").train()], {}, "training mode"),
+        ([tiny("Llama")] * 2, {"max_new_tokens": lambda rank: 5 if rank == 0 else 120}, "128 positions"),
+    ):
+        good, bad = _errors(models, **arguments)
+        assert isinstance(good, Mismatch)
+        assert "rank 1 could not take part" in str(good)
+        assert message in str(bad)

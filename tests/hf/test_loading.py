@@ -10,26 +10,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny import prompt, tiny
 
 from shardsum.hf import load, loading
+
+from .tiny import prompt, tiny, words
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A tiny model with a tokenizer, as `save_pretrained` leaves them."""
     tiny("Llama").save_pretrained(tmp_path / "model")
-    _tokenizer().save_pretrained(tmp_path / "model")
+    words().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
-
-
-def _tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {f"w{i}": i for i in range(97)}
-    raw = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="w0")
 
 
 def test_a_folder_loads_in_silence(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +122,7 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.Monke
     def stub(folder: Path, dtype: torch.dtype, **where: str) -> Any:
         if "gguf_file" in where:
             conversions.append(folder)
-            return tiny("Llama"), _tokenizer()
+            return tiny("Llama"), words()
         return original(folder, dtype)
 
     monkeypatch.setattr(loading, "_from_folder", stub)

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import prompt, tiny
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shardsum.comm import connect, launch
 from shardsum.errors import Unsupported
-from shardsum.hf import sharded
+from shardsum.hf import generate, sharded
+
+from .tiny import plain, prompt, tiny
 
 
 def _state(model: Any) -> tuple[Any, ...]:
@@ -84,6 +85,62 @@ def test_a_forward_pass_of_ones_own() -> None:
     for logits, again in launch(run, ranks=2, transport="threads"):
         assert (logits - expected[:, 13:]).abs().max() <= 1e-4
         assert (again - expected[:, 13:]).abs().max() <= 1e-4
+
+
+def test_two_models_at_once_and_one_after_the_other() -> None:
+    one, other = tiny("Llama"), tiny("Mistral", sliding_window=5)
+    expected = [plain(model, prompt(20)).sequences for model in (one, other)]
+    comm = connect("single")
+    with sharded(one, comm) as first:
+        with sharded(other, comm) as second:
+            for session, tokens in ((first, expected[0]), (second, expected[1]), (first, expected[0])):
+                assert torch.equal(session.generate(prompt(20), max_new_tokens=5), tokens)
+        assert torch.equal(first.generate(prompt(20), max_new_tokens=5), expected[0])
+        assert torch.equal(plain(other, prompt(20)).sequences, expected[1])
+    for _ in range(2):
+        assert torch.equal(generate(one, prompt(20), comm=comm, max_new_tokens=5), expected[0])
+
+
+def test_a_model_is_in_one_session_at_a_time() -> None:
+    model = tiny("Llama")
+    before = _state(model)
+    with sharded(model, connect("single")) as session:
+        for same in (model, type(model)(model.config).eval()):
+            with pytest.raises(ValueError, match="is in a session already"), sharded(same, connect("single")):
+                pass
+        assert session.generate(prompt(9), max_new_tokens=2).shape == (1, 11)
+    assert _state(model) == before
+
+
+def test_ranks_that_are_threads_need_a_model_each() -> None:
+    model = tiny("Llama")
+    before = _state(model)
+    with pytest.raises(ValueError, match="is in a session already"):
+        launch(lambda comm: generate(model, prompt(9), comm=comm), ranks=2, transport="threads")
+    assert _state(model) == before
+
+
+def test_a_cache_belongs_to_its_session() -> None:
+    """Outside of it, one more token would attend to itself alone, and nobody would notice."""
+    model = tiny("Llama")
+    with sharded(model, connect("single")) as session:
+        cache = session.new_cache()
+        session.prefill(cache, prompt(9))
+    with pytest.raises(ValueError, match="belongs to a session that is closed"):
+        model(prompt(1), past_key_values=cache)
+    with sharded(model, connect("single")) as other, pytest.raises(Unsupported, match="this session's new_cache"):
+        other.generate(prompt(10), past_key_values=cache)
+
+
+def test_a_forward_pass_that_failed_leaves_nothing_behind() -> None:
+    model = tiny("Llama")
+    right = torch.ones(1, 9, dtype=torch.int64)
+    right[0, -1] = 0
+    with torch.no_grad(), sharded(model, connect("single")) as session:
+        with pytest.raises(Unsupported, match="padding on the right"):
+            session.prefill(session.new_cache(), prompt(9), right)
+        with pytest.raises(Unsupported, match=r"layers\.0\..* attends without a sharded cache"):
+            model(prompt(9), use_cache=False)
 
 
 def test_sequences_longer_than_checked_are_refused() -> None:

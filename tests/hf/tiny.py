@@ -41,6 +41,17 @@ def prompt(tokens: int, batch: int = 1) -> Tensor:
     return (torch.arange(batch * tokens).view(batch, tokens) * 7 + 3) % 97
 
 
+def words() -> Any:
+    """A tokenizer whose token 3 is the word w3, and so on."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    # Transformers' stop strings need a tokenizer that knows this word.
+    vocabulary = {**{f"w{token}": token for token in range(96)}, "abcdef": 96}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="w0")
+
+
 def plain(model: Any, ids: Tensor, **arguments: Any) -> Any:
     """What Transformers alone generates."""
     return model.generate(ids, **_arguments(arguments))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ class Part:
     total: int
 
 
-class LayerLength(CacheLayerMixin):  # type: ignore[misc]
+class LayerLength(CacheLayerMixin):  # type: ignore[no-untyped-call]  # Transformers' own hook
     """One layer as Transformers sees it: only its global length; the tensors belong to `ShardedCache`."""
 
     is_sliding = False
@@ -48,7 +49,7 @@ class LayerLength(CacheLayerMixin):  # type: ignore[misc]
     supports_early_init = False
 
     def __init__(self, cache: ShardedCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # Transformers' own
         self.cache, self.length = cache, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -68,15 +69,18 @@ class LayerLength(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
 
-class ShardedCache(Cache):  # type: ignore[misc]
+class ShardedCache(Cache):
     """The keys and values of all tokens so far, spread over the ranks.
 
     `update` keeps this rank's part of the new tokens and returns them as they came; `attend` is what looks at
-    all of them. `part` is set while the forward pass runs on this rank's shard of the tokens.
+    all of them. `part` is set while the forward pass runs on this rank's shard of the tokens. `announce` is told
+    of every update, so that the attention call that follows finds this cache: Transformers does not hand it on.
     """
 
-    def __init__(self, comm: Communicator, shape: Shape) -> None:
-        super().__init__(layers=[LayerLength(self) for _ in range(shape.layers)])
+    def __init__(self, comm: Communicator, shape: Shape, announce: Callable[[int, ShardedCache], None]) -> None:
+        self.lengths = [LayerLength(self) for _ in range(shape.layers)]
+        super().__init__(layers=[*self.lengths])
+        self.announce = announce
         self.store = KVCache(
             comm=comm,
             layers=shape.layers,
@@ -87,7 +91,6 @@ class ShardedCache(Cache):  # type: ignore[misc]
             device=shape.device,
         )
         self.part: Part | None = None
-        self.updated: set[int] = set()
         self.batch = 0
 
     @property
@@ -98,15 +101,20 @@ class ShardedCache(Cache):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append the new tokens of one layer, and return them unchanged."""
+        """Append the new tokens of one layer, and return them unchanged.
+
+        Shapes: key_states (batch, kv_heads, new, head_dim), value_states (batch, kv_heads, new, v_dim); with
+        `part`, new is this rank's part, stand-in included.
+        Raises: ValueError after the session has been closed.
+        """
+        self.announce(layer_idx, self)
         if self.part is None:
             self.store.append(layer_idx, key_states, value_states)
-            self.layers[layer_idx].length += key_states.shape[2]
+            self.lengths[layer_idx].length += key_states.shape[2]
         else:
             k, v = (states[:, :, : self.part.local] for states in (key_states, value_states))
             self.store.append(layer_idx, k, v, layout=self.part.layout)
-            self.layers[layer_idx].length += self.part.total
-        self.updated.add(layer_idx)
+            self.lengths[layer_idx].length += self.part.total
         self.batch = key_states.shape[0]
         return key_states, value_states
 
@@ -115,31 +123,27 @@ class ShardedCache(Cache):  # type: ignore[misc]
 
         Shapes: q (batch, q_heads, new tokens on this rank, head_dim); the result has v_dim instead.
         """
-        self.updated.discard(layer)
-        key_range = None
+        masking: dict[str, Any] = {"causal": True}
         if mask.start is not None:
             start = mask.start.to("cpu", torch.int64)
-            key_range = (start, torch.full_like(start, self.layers[layer].length))
-        window = None if mask.left is None else (mask.left, 0)
+            masking["key_range"] = (start, torch.full_like(start, self.lengths[layer].length))
+        if mask.left is not None:
+            masking["window"] = (mask.left, 0)
+        out: Tensor
         if self.part is None:
-            return self.store.attend(layer, q, causal=True, window=window, key_range=key_range, scale=scale)
-        out = self.store.attend(
-            layer,
-            q[:, :, : self.part.local],
-            causal=True,
-            window=window,
-            key_range=key_range,
-            scale=scale,
-            q_replicated=False,
-            layout=self.part.layout,
-        )
+            out = self.store.attend(layer, q, scale=scale, **masking)
+            return out
+        mine, layout = q[:, :, : self.part.local], self.part.layout
+        out = self.store.attend(layer, mine, scale=scale, q_replicated=False, layout=layout, **masking)
         stand_ins = out.new_zeros(*out.shape[:2], q.shape[2] - self.part.local, out.shape[3])
         return torch.cat([out, stand_ins], dim=2)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row b what row `beam_idx[b]` was. Shapes: beam_idx (new batch,)."""
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows. Shapes: indices (new batch,)."""
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -157,10 +161,11 @@ class ShardedCache(Cache):  # type: ignore[misc]
         if tokens_to_remove:
             length = max(self.get_seq_length() - abs(tokens_to_remove), 0)
             self.store.crop(length)
-            for layer in self.layers:
+            for layer in self.lengths:
                 layer.length = length
 
     def reset(self) -> None:
+        """Forget everything."""
         self.store.reset()
-        for layer in self.layers:
+        for layer in self.lengths:
             layer.length = 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 from typing import Any
 
 import torch
@@ -53,31 +55,47 @@ def generate(
 
 
 def generate_in(session: Session, input_ids: Tensor, **arguments: Any) -> Any:
-    """`generate` in an open session. `past_key_values` may be a cache of that session that holds a first part."""
+    """`generate` in an open session. `past_key_values` may be a cache of that session that holds a first part.
+
+    Shapes, Raises: those of `generate`.
+    """
+    loop = _Loop(session)
+    model: Any = session.model  # its `generate` comes from a mixin that torch's Module hides from type checkers
+    try:
+        return model.generate(input_ids, **_arranged(loop, input_ids, arguments))
+    except ValueError as error:
+        if not loop.agreed:  # the other ranks, whose calls may be right, wait for this one
+            agree(session.comm, {}, error=error)
+        raise
+
+
+def _arranged(loop: _Loop, input_ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments for `model.generate` that make it decode by `loop`."""
+    session = loop.session
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise ValueError(f"input_ids must be (batch, tokens), one token at least: got {tuple(input_ids.shape)}.")
     for name, what in _REFUSED.items():
         if arguments.get(name) is not None:
             raise Unsupported(f"{what} ({name}) is not supported over sharded keys. Use sampling or beams.")
     cache = arguments.pop("past_key_values", None)
     cache = session.new_cache() if cache is None else cache
-    if not isinstance(cache, ShardedCache):
-        raise Unsupported(f"past_key_values must be a session's new_cache(): got {type(cache).__name__}.")
-    criteria = StoppingCriteriaList(arguments.pop("stopping_criteria", None) or [])
+    if not (isinstance(cache, ShardedCache) and session.owns(cache)):
+        raise Unsupported(f"past_key_values must be this session's new_cache(): got {type(cache).__name__}.")
     # Transformers hands neither the streamer nor the tokenizer on to a decoding loop that is passed in.
     tokenizer, stop_strings = arguments.pop("tokenizer", None), arguments.pop("stop_strings", None)
+    config = arguments.get("generation_config")
+    if stop_strings is None and config is not None and config.stop_strings is not None:
+        config = arguments["generation_config"] = copy.deepcopy(config)
+        stop_strings, config.stop_strings = config.stop_strings, None
+    criteria = StoppingCriteriaList(arguments.pop("stopping_criteria", None) or [])
     if stop_strings is not None:
         if tokenizer is None:
             raise ValueError("stop_strings needs the tokenizer: pass tokenizer=... too.")
         criteria.append(StopStringCriteria(tokenizer, stop_strings))
     streamer = arguments.pop("streamer", None)
-    loop = _Loop(session, streamer if session.comm.rank == 0 else None)
-    return session.model.generate(
-        input_ids,
-        past_key_values=cache,
-        stopping_criteria=criteria,
-        custom_generate=loop.decode,
-        streamer=loop.streamer,
-        **arguments,
-    )
+    loop.streamer = streamer if session.comm.rank == 0 else None
+    own = {"custom_generate": loop.decode, "stopping_criteria": criteria, "streamer": loop.streamer}
+    return {**arguments, **own, "past_key_values": cache}
 
 
 class _Loop:
@@ -86,8 +104,9 @@ class _Loop:
     It runs where `model.generate` would start decoding, when mask, positions and beams are laid out already.
     """
 
-    def __init__(self, session: Session, streamer: Any) -> None:
-        self.session, self.streamer = session, streamer
+    def __init__(self, session: Session) -> None:
+        self.session, self.agreed = session, False
+        self.streamer: Any = None
 
     def decode(
         self,
@@ -99,11 +118,9 @@ class _Loop:
         **model_kwargs: Any,
     ) -> Any:
         comm = self.session.comm
-        agree(
-            comm,
-            _call(input_ids, generation_config, model_kwargs),
-            error=self._problem(generation_config, input_ids, model_kwargs),
-        )
+        problem = self._problem(generation_config, input_ids, model_kwargs)
+        self.agreed = True
+        agree(comm, _call(input_ids, generation_config, model_kwargs), error=problem)
         beams = generation_config.get_generation_mode() in _BEAMS
         self._prefill(input_ids, generation_config, model_kwargs)
         stopping_criteria = _RankZeroDecides(stopping_criteria, comm)
@@ -111,8 +128,10 @@ class _Loop:
             logits_processor.append(_RankZeroScores(comm))
         else:
             model_kwargs["streamer"] = self.streamer
-        loop = type(model)._beam_search if beams else type(model)._sample
-        return loop(
+        if comm.rank:
+            # Only rank 0's draws count; ranks that are threads would draw from the same generator in between.
+            generation_config.do_sample = False
+        return getattr(type(model), "_beam_search" if beams else "_sample")(
             model,
             input_ids,
             logits_processor=logits_processor,
@@ -149,8 +168,12 @@ class _Loop:
             return Unsupported(f"{mode.value} is not supported over sharded keys. Use sampling or beam search.")
         if mode is GenerationMode.BEAM_SAMPLE and self.session.comm.size > 1:
             return Unsupported("beam search with do_sample=True can't be kept in step. Use one of the two.")
-        if config.output_attentions:
-            return Unsupported("output_attentions=True: attention weights are never whole on one rank.")
+        if config.output_attentions or config.output_hidden_states:
+            return Unsupported(
+                "output_attentions and output_hidden_states: those of the prompt are never whole on one rank."
+            )
+        if self.streamer is not None and mode in _BEAMS:
+            return ValueError("a streamer can't follow beam search, whose tokens may change until the end.")
         if not config.use_cache:
             return Unsupported("use_cache=False: the sharded cache is where the ranks meet.")
         if cache.get_seq_length() >= length:
@@ -173,7 +196,7 @@ class _Loop:
         return None
 
 
-class _RankZeroDecides(StoppingCriteriaList):  # type: ignore[misc]
+class _RankZeroDecides(StoppingCriteriaList):
     """Rank 0's new tokens and its decision to stop, on every rank; the other ranks' criteria are not asked.
 
     `_sample` calls the criteria with the very tensor that it goes on with, so the tokens are written into it.
@@ -196,7 +219,7 @@ class _RankZeroDecides(StoppingCriteriaList):  # type: ignore[misc]
         return decision[1].bool()
 
 
-class _RankZeroScores(LogitsProcessor):  # type: ignore[misc]
+class _RankZeroScores(LogitsProcessor):
     """Rank 0's scores on every rank: equal scores give equal beams. Traffic: the scores, from rank 0."""
 
     def __init__(self, comm: Communicator) -> None:
@@ -226,15 +249,18 @@ def _call(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, A
         content = tensor.detach().cpu().to(torch.int64).contiguous().numpy().tobytes()
         return f"{tuple(tensor.shape)} {hashlib.blake2b(content, digest_size=8).hexdigest()}"
 
+    # What a rank wants to be returned is its own affair.
+    settings = {
+        name: json.loads(json.dumps(value, default=str))
+        for name, value in config.to_dict().items()
+        if value is not None and not name.startswith(("_", "output_", "return_"))
+    }
     return {
         "call": "hf.generate",
         "input_ids": digest(input_ids),
         "attention_mask": digest(model_kwargs.get("attention_mask")),
         "cached": model_kwargs["past_key_values"].get_seq_length(),
-        "max_length": config.max_length,
-        "num_beams": config.num_beams,
-        "num_return_sequences": config.num_return_sequences,
-        "prefill_chunk_size": config.prefill_chunk_size,
+        **settings,
     }
 
 
@@ -242,10 +268,10 @@ def _requested_length(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, arguments: dict[str, Any]
 ) -> int | None:
     """Prompt and new tokens together, where the call says how many; padding does not count."""
-    config = arguments.get("generation_config") or model.generation_config
+    config: Any = arguments.get("generation_config") or model.generation_config
     new, length = arguments.get("max_new_tokens", config.max_new_tokens), arguments.get("max_length")
-    padded = input_ids.shape[1]
-    prompt = padded if attention_mask is None else int(attention_mask.sum(dim=1).max())
+    padded = input_ids.shape[-1]
+    prompt = padded if attention_mask is None else int(attention_mask.sum(dim=-1).max())
     if new is None:
         return None if length is None else prompt + max(int(length) - padded, 0)
     return prompt + int(new)

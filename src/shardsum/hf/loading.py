@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import struct
@@ -58,19 +59,20 @@ def load(path: str | os.PathLike[str], gguf_file: str | None = None, dtype: torc
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Transformers prints nothing inside, whatever it would like to warn of; settings are put back."""
-    from transformers.utils import logging
+    from transformers import utils
 
+    theirs: Any = utils.logging  # its functions have no types
     with _quiet_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity(logging.CRITICAL)
-        logging.disable_progress_bar()
+        verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+        theirs.set_verbosity(logging.CRITICAL)
+        theirs.disable_progress_bar()
         try:
             yield
         finally:
-            logging.set_verbosity(verbosity)
+            theirs.set_verbosity(verbosity)
             if bars:
-                logging.enable_progress_bar()
+                theirs.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -110,9 +112,12 @@ def _from_folder(folder: Path, dtype: torch.dtype, **where: str) -> tuple[Any, A
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     local = {"local_files_only": True, "trust_remote_code": False, **where}
-    _check_causal(AutoConfig.from_pretrained(folder, **local))
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **local
+    # Handed on, because reading it from a GGUF file takes seconds.
+    config = AutoConfig.from_pretrained(folder, **local)
+    _check_causal(config)
+    auto: Any = AutoModelForCausalLM  # returns another type with output_loading_info
+    model, info = auto.from_pretrained(
+        folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **local
     )
     # Transformers fills weights that the file lacks with random numbers.
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -120,7 +125,7 @@ def _from_folder(folder: Path, dtype: torch.dtype, **where: str) -> tuple[Any, A
         raise ValueError(
             f"the file lacks {len(absent)} of the model's weights, or has them in other shapes: {absent[0]}."
         )
-    return model.eval(), AutoTokenizer.from_pretrained(folder, **local)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, config=config, **local)
 
 
 def _check_causal(config: Any) -> None:

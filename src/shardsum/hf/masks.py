@@ -12,13 +12,25 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import Unsupported
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _SAMPLED_ROWS = 16
 _SAMPLED_KEYS = 2048
+# Keyword arguments of an attention call that say nothing about scores, or are covered by the mask.
+_HARMLESS = {
+    "cache_position",
+    "is_causal",
+    "logits_to_keep",
+    "max_length_k",
+    "max_length_q",
+    "position_ids",
+    "return_dict",
+    "sliding_window",
+    "use_cache",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +122,39 @@ def padding_start(attention_mask: Tensor | None, kv_length: int) -> Tensor | Non
             "Pad on the left (tokenizer.padding_side = 'left')."
         )
     return start
+
+
+def checked_mask(
+    where: str,
+    module: nn.Module,
+    mask: object,
+    scaling: object,
+    dropout: float,
+    options: dict[str, object],
+) -> IntervalMask:
+    """The mask of one attention call.
+
+    Raises: Unsupported, naming the option, where the call's scores are another thing than scale * q.k.
+    """
+    if not isinstance(mask, IntervalMask):
+        raise Unsupported(
+            f"{where} attends with {'no mask' if mask is None else 'a mask of its own'}, not one from "
+            "Transformers' masking_utils; only causal attention is supported."
+        )
+    if mask.problem is not None:
+        raise Unsupported(f"{where}: {mask.problem}") from mask.problem
+    if dropout:
+        raise Unsupported(f"{where} drops out attention weights (dropout={dropout}): call model.eval().")
+    if scaling is not None and not isinstance(scaling, (int, float)):
+        raise Unsupported(
+            f"{where} passes a scaling of type {type(scaling).__name__}; only a number is supported."
+        )
+    if options.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise Unsupported(f"{where} is not causal (is_causal=False); only causal attention is supported.")
+    for option, value in options.items():
+        if option not in _HARMLESS and value is not None and value is not False:
+            raise Unsupported(f"{where} passes {option!r} to its attention, which is not supported yet.")
+    return mask
 
 
 def _first_visible(mask_function: MaskFunction, batch: int, row: Tensor) -> int:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def probe(session: Session, name: str) -> Shape:
         raise Unsupported(f"{type(model).__name__} can't run over a sharded cache: {error}") from error
     finally:
         session.probe = None
-        session.caches.clear()
+        session.pending.clear()
     return shape
 
 
@@ -102,8 +103,8 @@ def _check_mixing(session: Session, probing: _Probe) -> Shape:
     cache.part = Part(session.layout, local=len(SHARD), total=TOKENS)
     padded = torch.ones_like(tokens[:1])
     padded[0, 0] = 0
-    inputs = {"attention_mask": padded, "position_ids": positions[None, SHARD], "past_key_values": cache}
-    part = _run(session, tokens[:1, SHARD], use_cache=True, **inputs)
+    inputs = {"attention_mask": padded, "position_ids": positions[None, SHARD]}
+    part = _run(session, tokens[:1, SHARD], past_key_values=cache, use_cache=True, **inputs)
     shard_only = _first_difference(model, _rows(whole, 0, SHARD), _rows(part, 0, range(len(SHARD))))
     if shard_only is not None:
         raise Unsupported(
@@ -116,8 +117,7 @@ def _check_mixing(session: Session, probing: _Probe) -> Shape:
 def _check_scores(session: Session, shape: Shape, own: Outputs) -> None:
     """Question 3: the last token decoded over our cache on one rank, the others prefilled."""
     model, tokens = session.model, _tokens(session.model)
-    cache = ShardedCache(connect("single"), shape)
-    session.caches.add(cache)
+    cache = ShardedCache(connect("single"), shape, session.announce)
     inputs = _whole(TOKENS - 1)
     _run(session, tokens[:, :-1], past_key_values=cache, use_cache=True, **inputs)
     last = torch.full_like(tokens[:, -1:], TOKENS - 1)
@@ -172,14 +172,14 @@ class _Probe:
         odd = [shape for shape in rest if shape != first]
         if odd:
             raise Unsupported(f"{kind} caches other heads in some layers than in others: {first}, {odd[0]}.")
-        return Shape(count, first.kv_heads, first.head_dim, first.v_dim, first.dtype, first.device)
+        return replace(first, layers=count)
 
 
 class _EchoCache(ShardedCache):
     """A cache that keeps nothing and checks that what is attended to is what it was given."""
 
     def __init__(self, session: Session, shape: Shape) -> None:
-        super().__init__(connect("single"), shape)
+        super().__init__(connect("single"), shape, session.announce)
         self.given: dict[object, tuple[Tensor, Tensor]] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:

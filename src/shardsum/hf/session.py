@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import weakref
+import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -19,25 +19,15 @@ from ..comm import Communicator, agree, connect
 from ..errors import Unsupported
 from ..layouts import Layout, as_layout
 from .cache import Part, Shape, ShardedCache
-from .masks import IntervalMask, MaskFunction, interval_mask
+from .masks import IntervalMask, MaskFunction, checked_mask, interval_mask
 
 # A model that names no limit is checked for sequences of up to this many tokens.
 DEFAULT_POSITIONS = 1 << 16
 # Masks are looked at up to this position; within a million, windows and chunks have long shown themselves.
 MASK_POSITIONS = 1 << 20
-# Keyword arguments of an attention call that say nothing about scores, or are covered by the mask.
-_HARMLESS = {
-    "cache_position",
-    "is_causal",
-    "logits_to_keep",
-    "max_length_k",
-    "max_length_q",
-    "position_ids",
-    "return_dict",
-    "sliding_window",
-    "use_cache",
-}
 _numbers = itertools.count()
+# A model's configurations name its attention function, so a configuration serves one session at a time.
+_lock, _in_use = threading.Lock(), set[int]()
 
 
 class Handler(Protocol):
@@ -62,14 +52,27 @@ class Session:
         self.names = {module: name for name, module in model.named_modules()}
         self.cache_shape: Shape | None = None
         self.probe: Handler | None = None
-        self.caches: weakref.WeakSet[ShardedCache] = weakref.WeakSet()
+        self.open = True
+        # By layer, the cache that was updated last: the attention call that follows is over it.
+        self.pending: dict[int, ShardedCache] = {}
 
     def new_cache(self) -> ShardedCache:
         """An empty cache for this model. It may be used as long as the session is open."""
         assert self.cache_shape is not None, "sharded() finds the shape before it hands a session out"
-        cache = ShardedCache(self.comm, self.cache_shape)
-        self.caches.add(cache)
-        return cache
+        return ShardedCache(self.comm, self.cache_shape, self.announce)
+
+    def owns(self, cache: ShardedCache) -> bool:
+        """Whether the cache is one of this session's."""
+        return cache.announce == self.announce
+
+    def announce(self, layer: int, cache: ShardedCache) -> None:
+        """Expect an attention call over `cache`. Raises: ValueError after the session has been closed."""
+        if not self.open:
+            raise ValueError(
+                "this cache belongs to a session that is closed; outside of it the model attends to the newest "
+                "tokens only. Use the cache inside of `with sharded(...)`."
+            )
+        self.pending[layer] = cache
 
     def generate(self, input_ids: Tensor, **arguments: Any) -> Any:
         """What `shardsum.hf.generate` returns, for a model that is sharded already."""
@@ -89,6 +92,8 @@ class Session:
 
         Shapes: input_ids (batch, new), the same on every rank; attention_mask (batch, cached + new);
         position_ids (batch or 1, new), by default counted from the first token that is not padding.
+        Raises: Unsupported for masks other than padding on the left; ValueError where the sequence gets longer
+        than `positions`.
         """
         seen, new = cache.get_seq_length(), input_ids.shape[1]
         if new == 0:
@@ -127,13 +132,13 @@ class Session:
     ) -> tuple[Tensor, None]:
         """The attention function: (out in (batch, length, heads, v_dim), no weights)."""
         where = self.describe(module)
-        mask = _checked_call(where, module, attention_mask, scaling, dropout, options)
-        layer = getattr(module, "layer_idx", None)
+        mask = checked_mask(where, module, attention_mask, scaling, dropout, options)
+        layer: Any = getattr(module, "layer_idx", None)
         if self.probe is not None:
             out = self.probe.attend(module, q, k, v, mask, scaling)
         else:
-            cache = next((cache for cache in self.caches if layer in cache.updated), None)
-            if cache is None or not isinstance(layer, int):
+            cache = self.pending.pop(layer, None)
+            if cache is None:
                 raise Unsupported(
                     f"{where} attends without a sharded cache: pass past_key_values=session.new_cache()."
                 )
@@ -152,7 +157,12 @@ class Session:
         device: torch.device | str = "cpu",
         **_: object,
     ) -> IntervalMask:
-        """The mask function: one `IntervalMask` for all layers of a kind."""
+        """The mask function: one `IntervalMask` for all layers of a kind.
+
+        Raises: ValueError where the sequence gets longer than `positions`.
+        """
+        # A forward pass begins with its masks: what one that failed has left behind is forgotten.
+        self.pending.clear()
         device = torch.device(device)
         assert kv_offset == 0, "a sharded cache drops no keys"
         if self.probe is not None:
@@ -170,6 +180,7 @@ class Session:
         return mask
 
     def describe(self, module: nn.Module) -> str:
+        """The module's place in the model, and its class."""
         return f"{self.names.get(module, 'a module')} ({type(module).__name__})"
 
 
@@ -186,34 +197,59 @@ def sharded(
     softmax attention only; see `shardsum.hf.probe`. `positions` is the longest sequence to expect, by default
     the model's own limit. Everything is undone on exit, after an exception too.
 
-    Raises: Unsupported, on every rank, naming the module or option that stands in the way; ValueError for a
-    model in training mode.
+    Raises: Unsupported, naming the module or option that stands in the way; ValueError for a model in training
+    mode, one that is in a session already, or more positions than it has. A rank whose model is fine raises
+    Mismatch, naming those where it isn't.
     """
     from .probe import probe
 
     comm, layout = connect() if comm is None else comm, as_layout(layout)
-    session = Session(model, comm, layout, longest(model, positions))
-    name, problem = f"shardsum_{next(_numbers)}", None
-    AttentionInterface.register(name, session.attention)
-    AttentionMaskInterface.register(name, session.mask)
-    chosen = _attention_of(model)
-    try:
+    session, problem = Session(model, comm, layout, 0), None
+    with contextlib.ExitStack() as undo:
         try:
+            session.positions = _longest(model, positions)
+            name = undo.enter_context(_registered(session))
             session.cache_shape = probe(session, name)
         except ValueError as error:
             problem = error
         agree(comm, {"call": "hf.sharded", "model": type(model).__name__, "layout": str(layout)}, error=problem)
         yield session
+
+
+@contextlib.contextmanager
+def _registered(session: Session) -> Iterator[str]:
+    """The name under which the model can choose the session's attention; all is as before afterwards."""
+    chosen = [(config, config._attn_implementation) for config in _configs(session.model)]
+    ids = {id(config) for config, _ in chosen}
+    with _lock:
+        if ids & _in_use:
+            raise ValueError(
+                f"this {type(session.model).__name__} (or one with the same config object) is in a session "
+                "already. Call generate() of that session. Ranks that are threads need a model each: load it on "
+                "each rank."
+            )
+        _in_use.update(ids)
+    name = f"shardsum_{next(_numbers)}"
+    AttentionInterface.register(name, session.attention)
+    AttentionMaskInterface.register(name, session.mask)
+    try:
+        yield name
     finally:
+        session.open = False
         for config, implementation in chosen:
             config._attn_implementation_internal = implementation
         # There is no public way to unregister.
         AttentionInterface._global_mapping.pop(name, None)
         AttentionMaskInterface._global_mapping.pop(name, None)
+        with _lock:
+            _in_use.difference_update(ids)
 
 
-def longest(model: PreTrainedModel, positions: int | None) -> int:
-    """The number of positions to expect: what was asked for, the model's limit, or a default."""
+def _longest(model: PreTrainedModel, positions: int | None) -> int:
+    """The number of positions to expect: what was asked for, the model's limit, or a default.
+
+    Raises: ValueError where more are asked for than the model has.
+    """
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     limit = limit if isinstance(limit, int) and limit > 0 else None
     if positions is None:
@@ -231,37 +267,13 @@ def takes(model: PreTrainedModel, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
-def _attention_of(model: PreTrainedModel) -> list[tuple[Any, str | None]]:
-    """Every configuration in the model and the attention function it names."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    return [(config, config._attn_implementation) for config in configs.values()]
-
-
-def _checked_call(
-    where: str,
-    module: nn.Module,
-    mask: object,
-    scaling: object,
-    dropout: float,
-    options: dict[str, object],
-) -> IntervalMask:
-    """The call's mask. Raises: Unsupported, naming the option, for any other score than scale * q.k."""
-    if not isinstance(mask, IntervalMask):
-        raise Unsupported(
-            f"{where} attends with {'no mask' if mask is None else 'a mask of its own'}, not one from "
-            "Transformers' masking_utils; only causal attention is supported."
-        )
-    if mask.problem is not None:
-        raise Unsupported(f"{where}: {mask.problem}") from mask.problem
-    if dropout:
-        raise Unsupported(f"{where} drops out attention weights (dropout={dropout}): call model.eval().")
-    if scaling is not None and not isinstance(scaling, (int, float)):
-        raise Unsupported(
-            f"{where} passes a scaling of type {type(scaling).__name__}; only a number is supported."
-        )
-    if options.get("is_causal") is False or getattr(module, "is_causal", True) is False:
-        raise Unsupported(f"{where} is not causal (is_causal=False); only causal attention is supported.")
-    for option, value in options.items():
-        if option not in _HARMLESS and value is not None and value is not False:
-            raise Unsupported(f"{where} passes {option!r} to its attention, which is not supported yet.")
-    return mask
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Every configuration in the model, those without a module of their own included."""
+    found: dict[int, PreTrainedConfig] = {}
+    waiting: list[Any] = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    while waiting:
+        config = waiting.pop()
+        if config is not None and id(config) not in found:
+            found[id(config)] = config
+            waiting += [getattr(config, name, None) for name in config.sub_configs]
+    return list(found.values())
