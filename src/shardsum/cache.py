@@ -182,7 +182,7 @@ class KVCache:
         return Placement.of(layout, lengths, "new tokens")
 
     def _assign(self, base: int | None, last: int, owners: Tensor | None) -> None:
-        """Give the positions before `last` that lie nowhere yet to ranks: as sharded from `base` on, or in turn."""
+        """Give the positions before `last` that lie nowhere yet to ranks: sharded from `base`, or in turn."""
         known = len(self._owners)
         if owners is None:
             new = torch.arange(known, max(known, last)) % self.comm.size

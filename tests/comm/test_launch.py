@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,10 +19,13 @@ import torch
 
 from shardsum import AttentionState
 from shardsum.comm import Communicator, connect, launch
+from shardsum.comm.launch import _failure as read_failure
+from shardsum.comm.worker import _report as report_error
 from shardsum.errors import RankLost, Unsupported
 
 PROCESSES = ["gloo", "mpi"]
 EVERY = ["threads", *PROCESSES]
+MPIEXEC = str(Path(sys.executable).parent / "mpiexec")
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +38,7 @@ def nothing_stays_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
     shared, threads = set(os.listdir("/dev/shm")), set(threading.enumerate())
     yield
     end = time.monotonic() + 5
-    while _processes(mark) and time.monotonic() < end:
+    while (_processes(mark) or not set(threading.enumerate()) <= threads) and time.monotonic() < end:
         time.sleep(0.05)
     assert _processes(mark) == []
     assert not [name for name in os.listdir(tmp_path) if name.startswith(("shardsum", "ompi", "prte", "pmix"))]
@@ -100,18 +104,51 @@ def assert_same(found: Any, expected: Any) -> None:
         assert found == expected
 
 
+def _connect_in_another_thread() -> Communicator:
+    found: list[Communicator] = []
+    thread = threading.Thread(target=lambda: found.append(connect()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
 def give_back(comm: Communicator, value: Any) -> Any:
     return [comm.rank, comm.size, connect() is comm, value]
 
 
-@pytest.mark.parametrize("transport", EVERY)
-def test_values_return_as_they_went(transport: str) -> None:
+def say_and_give_back(comm: Communicator, value: Any) -> Any:
+    print(f"{'long ' * 50_000}{comm.rank} end", end="")
+    cores = (sorted(os.sched_getaffinity(0)), torch.get_num_threads())
+    return [*give_back(comm, value), _connect_in_another_thread() is comm, cores]
+
+
+@pytest.mark.parametrize("transport", PROCESSES)
+def test_ranks_that_are_processes(transport: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Values return as they went; every thread finds its rank; ranks share the cores; what they print arrives."""
     torch.manual_seed(0)
     value = everything()
-    results = launch(give_back, ranks=2, transport=transport, args=(value,))
+    results = launch(say_and_give_back, ranks=2, transport=transport, args=(value,))
     assert [result[:3] for result in results] == [[0, 2, True], [1, 2, True]]
     for result in results:
         assert_same(result[3], value)
+    assert [result[4] for result in results] == [True, True]
+    available = os.sched_getaffinity(0)
+    (first, threads), (second, _) = (result[5] for result in results)
+    if len(available) > 1:
+        assert set(first).isdisjoint(second)
+        assert set(first) | set(second) <= available
+        assert threads == len(available) // 2
+    out, err = capfd.readouterr()
+    assert sorted(out.split("end")) == ["", *("long " * 50_000 + str(rank) + " " for rank in range(2))]
+    assert err == ""
+
+
+def test_ranks_that_are_threads_share_their_values() -> None:
+    value = object()
+    assert launch(give_back, ranks=2, transport="threads", args=(value,)) == [
+        [0, 2, True, value],
+        [1, 2, True, value],
+    ]
 
 
 def test_closures_run_as_threads() -> None:
@@ -128,12 +165,22 @@ class Holder:
 
 
 def test_what_has_no_name_in_another_process_is_refused() -> None:
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"Holder\.method' can't be found by name"):
         launch(Holder().method, ranks=2, transport="gloo")
 
 
 @pytest.mark.parametrize(
-    ("value", "where"), [({"a": [1, object()]}, r"\['a'\]\[1\].*object"), ({1, 2}, "set"), (b"bytes", "bytes")]
+    ("value", "where"),
+    [
+        ({"a": [1, object()]}, r"\['a'\]\[1\].*object"),
+        ({1, 2}, "set"),
+        (b"bytes", "bytes"),
+        (np.array(["text"]), "array of <U4"),
+        (np.arange(3, dtype=">i4"), "array of >i4"),
+        ((torch.zeros(2, dtype=torch.complex128),), r"value\[0\]\[0\].*complex128"),
+        (torch.eye(2).to_sparse(), "sparse"),
+        (torch.empty(2, device="meta"), "meta"),
+    ],
 )
 def test_other_types_are_refused_by_name_and_place(value: Any, where: str) -> None:
     with pytest.raises(TypeError, match=where):
@@ -156,48 +203,64 @@ def test_unknown_transports_and_no_ranks() -> None:
         launch(give_back, ranks=0)
 
 
+RULE = "-" * 80
+
+
 class OwnError(Exception):
     """Not built in, not ours."""
 
 
-def fail(comm: Communicator, kind: str, failing: list[int]) -> None:
+def fail(comm: Communicator, failing: list[int]) -> None:
+    sys.stdout.write(f"{RULE}\nrank {comm.rank} prints what looks like a message of mpiexec\n{RULE}\n")
+    sys.stderr.write(f"rank {comm.rank} to stderr\n")
     if comm.rank in failing:
-        if kind == "OwnError":
-            raise OwnError("something of my own")
-        if kind == "Unsupported":
-            raise Unsupported("that can't be done")
-        if kind == "KeyError":
-            raise KeyError("absent")
-        if kind == "UnicodeDecodeError":
-            b"\xff".decode("utf-8")
         raise ZeroDivisionError(f"on rank {comm.rank}")
     comm.barrier()  # the others wait for the failed one
 
 
-@pytest.mark.parametrize("transport", EVERY)
-def test_an_error_is_raised_with_its_rank_and_hidden_by_no_lost_peer(transport: str) -> None:
+@pytest.mark.parametrize(("transport", "ranks"), [("threads", 3), ("gloo", 3), ("mpi", 2)])
+def test_an_error_is_raised_with_its_rank_and_hidden_by_no_lost_peer(
+    transport: str, ranks: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     start = time.monotonic()
     with pytest.raises(ZeroDivisionError, match="on rank 1") as raised:
-        launch(fail, ranks=3, transport=transport, args=("ZeroDivisionError", [1, 2]))
+        launch(fail, ranks, transport, args=([*range(1, ranks)],))
     assert raised.value.rank == 1  # type: ignore[attr-defined]
     assert time.monotonic() - start < 30  # not the deadline's 300 s
     if transport != "threads" and sys.version_info >= (3, 11):
         assert "in fail" in "".join(raised.value.__notes__)
+    out, err = capfd.readouterr()
+    words = [f"rank {rank} prints what looks like a message of mpiexec" for rank in range(ranks)]
+    assert sorted(out.splitlines()) == sorted([RULE] * 2 * ranks + words)
+    assert sorted(err.splitlines()) == [f"rank {rank} to stderr" for rank in range(ranks)]  # nothing of mpiexec
+
+
+def _raised(error: BaseException) -> BaseException:
+    try:
+        raise error
+    except BaseException as raised:  # noqa: BLE001
+        return raised
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected", "words"),
+    ("error", "kind", "words"),
     [
-        ("OwnError", RuntimeError, "OwnError.*something of my own"),
-        ("Unsupported", Unsupported, "^that can't be done$"),
-        ("KeyError", KeyError, "^'absent'$"),
-        ("UnicodeDecodeError", (UnicodeDecodeError, RuntimeError), "invalid start byte"),
+        (OwnError("something of my own"), RuntimeError, "OwnError: something of my own"),
+        (Unsupported("that can't be done"), Unsupported, "that can't be done"),
+        (KeyError("absent"), KeyError, "'absent'"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (
+            UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+            RuntimeError,
+            "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
+        ),
     ],
 )
-def test_the_class_of_an_error(kind: str, expected: Any, words: str) -> None:
-    with pytest.raises(expected, match=words) as raised:
-        launch(fail, ranks=1, transport="gloo", args=(kind, [0]))
-    assert raised.value.rank == 0  # type: ignore[attr-defined]
+def test_the_class_of_an_error(error: BaseException, kind: type, words: str, tmp_path: Path) -> None:
+    report_error(tmp_path, 2, _raised(error))
+    failure = read_failure(tmp_path, 2, None)
+    assert failure is not None
+    assert (type(failure[1]), str(failure[1])) == (kind, words)
 
 
 def die(comm: Communicator, how: str) -> None:
@@ -206,29 +269,37 @@ def die(comm: Communicator, how: str) -> None:
             sys.exit(3)
         if how == "_exit":
             os._exit(5)
-        os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSEGV)
+        os.kill(os.getpid(), signal.SIGKILL)
     comm.barrier()
 
 
 @pytest.mark.parametrize(
-    ("how", "words"),
-    [("exit", "3"), ("_exit", "5"), ("kill", "9|SIGKILL|137"), ("segfault", "11|SIGSEGV|139")],
+    ("transport", "how", "words"),
+    [
+        ("threads", "exit", r"sys.exit\(3\)"),
+        ("mpi", "exit", r"sys.exit\(3\)"),
+        *((transport, "_exit", "exit status 5") for transport in PROCESSES),
+        *((transport, "kill", "signal 9") for transport in PROCESSES),
+    ],
 )
-@pytest.mark.parametrize("transport", PROCESSES)
 def test_a_rank_that_dies_without_a_word_is_named(transport: str, how: str, words: str) -> None:
-    with pytest.raises(RankLost, match=f"rank 1 .*({words})") as raised:
+    with pytest.raises(RankLost, match=f"rank 1 ended without a result: {words}") as raised:
         launch(die, ranks=2, transport=transport, args=(how,))
     assert raised.value.rank == 1  # type: ignore[attr-defined]
+
+
+def test_mpiexec_that_starts_nothing_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardsum.comm.processes._mpiexec", lambda ranks: [MPIEXEC, "--no-such-option"])
+    with pytest.raises(RankLost, match=r"(?s)rank 0 ended without a result: mpiexec: .*no-such-option"):
+        launch(die, ranks=2, transport="mpi", args=("exit",))
 
 
 def come_later(comm: Communicator) -> float:
     start = time.monotonic()
     if comm.rank == 0:
         raise ValueError("at once")
-    try:
+    with pytest.raises(RankLost, match="rank 0 failed"):
         comm.barrier()
-    except RankLost as lost:
-        assert "rank 0" in str(lost)
     return time.monotonic() - start
 
 
@@ -256,26 +327,6 @@ def test_threads_do_not_wait_for_a_rank_that_returned() -> None:
     assert time.monotonic() - start < 10
 
 
-def cores(comm: Communicator) -> list[Any]:
-    torch.ones(512, 512) @ torch.ones(512, 512)  # torch's pool has started
-    tasks = [int(task) for task in os.listdir("/proc/self/task")]
-    if comm.transport == "gloo":  # the transport's own thread may run anywhere
-        tasks = [os.getpid()]
-    allowed = set().union(*(os.sched_getaffinity(task) for task in tasks[:1]))
-    return [sorted(allowed), torch.get_num_threads()]
-
-
-@pytest.mark.parametrize("transport", PROCESSES)
-def test_ranks_have_cores_of_their_own(transport: str) -> None:
-    available = os.sched_getaffinity(0)
-    if len(available) < 2:
-        pytest.skip("one core")
-    (first, threads), (second, _) = launch(cores, ranks=2, transport=transport)
-    assert set(first).isdisjoint(second)
-    assert set(first) | set(second) <= available
-    assert threads == len(available) // 2
-
-
 def test_threads_share_the_cores_and_leave_the_callers_number_alone() -> None:
     before = torch.get_num_threads()
     ranks = len(os.sched_getaffinity(0)) + 1
@@ -283,71 +334,57 @@ def test_threads_share_the_cores_and_leave_the_callers_number_alone() -> None:
     assert torch.get_num_threads() == before
 
 
-def say(comm: Communicator) -> None:
-    print(f"rank {comm.rank} to stdout", flush=True)
-    print(f"rank {comm.rank} to stderr", file=sys.stderr, flush=True)
-    if comm.rank == 0:
-        raise ValueError("after its words")
-    comm.barrier()
+def test_ctrl_c_ends_ranks_that_are_threads() -> None:
+    def wait_for_each_other(comm: Communicator) -> None:
+        if comm.rank == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        comm.exchange(torch.zeros(1), to=1 - comm.rank, source=comm.rank, shape=(1,))()
 
-
-@pytest.mark.parametrize("transport", PROCESSES)
-def test_output_passes_through_and_mpiexec_keeps_quiet(transport: str, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="after its words"):
-        launch(say, ranks=2, transport=transport)
-    out, err = capfd.readouterr()
-    assert "rank 0 to stdout" in out
-    assert "rank 0 to stderr" in err
-    for noise in ("MPI_ABORT", "prterun", "PRTE", "mpiexec"):
-        assert noise not in out + err
+    with pytest.raises(KeyboardInterrupt):
+        launch(wait_for_each_other, ranks=2, transport="threads")
 
 
 SCRIPT = """
-    import os, sys, torch
+    import os, sys, time, torch
     import helper_beside_the_script
     from shardsum import launch
 
-    def f(comm, x):
-        total = sum(int(part) for part in comm.all_gather(torch.tensor(x + comm.rank)))
-        return total + helper_beside_the_script.ONE
+    transport, started = sys.argv[1:]
 
-    def sleep(comm):
-        import time
-        open(f"{sys.argv[2] if len(sys.argv) > 2 else os.environ['STARTED']}.{comm.rank}", "w").close()
+    def sleep(comm, x):
+        total = sum(int(part) for part in comm.all_gather(torch.tensor(x + comm.rank)))
+        total += helper_beside_the_script.ONE
+        print(f"rank {comm.rank}: total {total}, on a terminal: {sys.stdout.isatty()}")
+        open(f"{started}.{comm.rank}", "w").close()
         time.sleep(60)
 
     if __name__ == "__main__":
-        if sys.argv[1] == "sleep":
-            launch(sleep, ranks=2, transport=os.environ["TRANSPORT"])
-        print(launch(f, ranks=2, transport=sys.argv[1], args=(10,)))
+        launch(sleep, ranks=2, transport=transport, args=(10,))
 """
 
 
-@pytest.fixture
-def script(tmp_path: Path) -> Path:
-    (tmp_path / "helper_beside_the_script.py").write_text("ONE = 1\n")
-    path = tmp_path / "main_script.py"
-    path.write_text(textwrap.dedent(SCRIPT))
-    return path
-
-
-@pytest.mark.parametrize("transport", EVERY)
-def test_functions_of_the_main_script(script: Path, transport: str) -> None:
-    command = [sys.executable, script.name, transport]
-    done = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "[22, 22]\n"), done.stderr
-
-
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("transport", PROCESSES)
-def test_ctrl_c_ends_every_rank(script: Path, transport: str, tmp_path: Path) -> None:
-    started = tmp_path / "started"
-    environment = {**os.environ, "TRANSPORT": transport, "STARTED": str(started)}
-    parent = subprocess.Popen(
-        [sys.executable, str(script), "sleep"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    end = time.monotonic() + 30
-    while not all(Path(f"{started}.{rank}").exists() for rank in range(2)) and time.monotonic() < end:
+def test_functions_of_the_main_script_end_with_it(transport: str, end: signal.Signals, tmp_path: Path) -> None:
+    """On a terminal for one of the two ends: the ranks then write to it themselves."""
+    (tmp_path / "helper_beside_the_script.py").write_text("ONE = 1\n")
+    (tmp_path / "main_script.py").write_text(textwrap.dedent(SCRIPT))
+    started = [tmp_path / f"started.{rank}" for rank in range(2)]
+    on_terminal = end == signal.SIGINT
+    reading, writing = os.openpty() if on_terminal else os.pipe()
+    command = [sys.executable, "main_script.py", transport, str(tmp_path / "started")]
+    parent = subprocess.Popen(command, cwd=tmp_path, stdout=writing, stderr=writing)
+    os.close(writing)
+    limit = time.monotonic() + 60
+    while not all(file.exists() for file in started) and parent.poll() is None and time.monotonic() < limit:
         time.sleep(0.05)
-    parent.send_signal(signal.SIGINT)
-    output, _ = parent.communicate(timeout=20)
-    assert b"KeyboardInterrupt" in output
+    parent.send_signal(end)
+    parent.wait(20)
+    output = b""
+    with contextlib.suppress(OSError):  # how a terminal without a writer ends
+        while part := os.read(reading, 4096):
+            output += part
+    os.close(reading)
+    for rank in range(2):
+        assert f"rank {rank}: total 22, on a terminal: {on_terminal}".encode() in output
+    assert (b"KeyboardInterrupt" in output) == on_terminal

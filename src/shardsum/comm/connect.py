@@ -16,8 +16,11 @@ from .torch_distributed import connect_gloo, connect_nccl
 
 TRANSPORTS = ("gloo", "nccl", "mpi", "threads", "single")
 
-# Inside a rank started by `launch`: a context variable, because ranks may be threads of one process.
-launched: ContextVar[Communicator | None] = ContextVar("launched", default=None)
+# Inside a rank started by `launch`: a context's own where ranks are threads of one process; where the rank is the
+# process, one for all threads, because a new thread does not inherit the context.
+rank_of_thread: ContextVar[Communicator | None] = ContextVar("rank_of_thread", default=None)
+_rank_of_process: Communicator | None = None
+MAIN = "__shardsum_main__"  # what the main script is called in such a process
 _connected: dict[str, Communicator] = {}
 
 # What the launchers of Open MPI, of MPICH and others, and of Slurm set in each of their processes.
@@ -28,10 +31,10 @@ _LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "LOCAL_WORLD_SI
 def connect(transport: str | None = None, deadline: float = DEFAULT_DEADLINE_SECONDS) -> Communicator:
     """This rank's communicator: found from the environment, or over the transport named.
 
-    Inside `launch` it is that rank's. Under mpiexec it is "mpi"; under torchrun "nccl" if there is a CUDA
-    device, else "gloo"; otherwise the single rank. `deadline` is the longest wait in seconds. Called again, it
-    returns the same communicator. Under a launcher that leaves each process one thread, torch gets this rank's
-    share of the machine's cores.
+    Inside `launch` it is that rank's (where ranks are threads, in the rank's own thread only). Under mpiexec it
+    is "mpi"; under torchrun "nccl" if there is a CUDA device, else "gloo"; otherwise the single rank. `deadline`
+    is the longest wait in seconds. Called again, it returns the same communicator. Under a launcher that leaves
+    each process one thread, torch gets this rank's share of the machine's cores.
     Raises: ValueError for an unknown transport or one that the environment does not offer.
 
     >>> connect().size
@@ -39,7 +42,7 @@ def connect(transport: str | None = None, deadline: float = DEFAULT_DEADLINE_SEC
     """
     if transport not in (None, *TRANSPORTS):
         raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}: got {transport!r}.")
-    inside = launched.get()
+    inside = rank_of_thread.get() or _rank_of_process
     if inside is not None and transport in (None, inside.transport):
         return inside
     name = _found() if transport is None else transport
@@ -48,6 +51,12 @@ def connect(transport: str | None = None, deadline: float = DEFAULT_DEADLINE_SEC
     if name not in _connected:
         _connected[name] = _connect(name, deadline)
     return _connected[name]
+
+
+def set_rank_of_process(comm: Communicator) -> None:
+    """What `connect` returns from now on in every thread of this process that is no rank itself."""
+    global _rank_of_process
+    _rank_of_process = comm
 
 
 def mpi_installed() -> bool:

@@ -22,7 +22,8 @@ class Hub:
         self._queues: dict[tuple[int, int], deque[Tensor]] = {
             (source, to): deque() for source in range(size) for to in range(size)
         }
-        self._lost: int | None = None
+        self._gone: set[int] = set()
+        self._failed: int | None = None
 
     def put(self, source: int, to: int, message: Tensor) -> None:
         with self._changed:
@@ -34,16 +35,20 @@ class Hub:
         end = time.monotonic() + deadline_seconds
         with self._changed:
             while not queue:
-                if self._lost is not None:
-                    raise RankLost(f"rank {self._lost} is gone; rank {to} was waiting for rank {source}.")
+                if self._failed is not None:
+                    raise RankLost(f"rank {self._failed} failed; rank {to} was waiting for rank {source}.")
+                if source in self._gone:
+                    raise RankLost(f"rank {source} has returned; rank {to} was waiting for it.")
                 if not self._changed.wait(end - time.monotonic()):
                     raise RankLost(f"rank {source} sent nothing to rank {to} within {deadline_seconds:g} s.")
             return queue.popleft()
 
-    def abandon(self, rank: int) -> None:
-        """Tell everyone who waits that this rank will send nothing more."""
+    def leave(self, rank: int, failed: bool) -> None:
+        """This rank sends nothing more: who waits for it waits in vain; if it failed, so does everyone."""
         with self._changed:
-            self._lost = rank if self._lost is None else self._lost
+            self._gone.add(rank)
+            if failed and self._failed is None:
+                self._failed = rank
             self._changed.notify_all()
 
 

@@ -30,6 +30,9 @@ class TorchCommunicator(Communicator):
         # NCCL moves CUDA memory only: what lies elsewhere is taken there and back.
         self._device = torch.device("cuda", torch.cuda.current_device()) if transport == "nccl" else None
 
+    def close(self) -> None:
+        self._group = None  # with the last reference its threads end: while Python stops they could not
+
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
         if len(set(sizes)) > 1:  # this collective takes equal sizes only; whatever else is padding
             self._pairwise([send] * self.size, receive, sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import save as serialize
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -54,11 +56,16 @@ def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
         return {"state": [_encode(part, tensors, where) for part in (value.out, value.lse)]}
     if isinstance(value, np.ndarray):
         try:
-            tensor = torch.from_numpy(np.ascontiguousarray(value))
-            return {"array": _encode(tensor, tensors, where)["tensor"]}
-        except TypeError as wrong:
+            tensor = torch.from_numpy(np.array(value, order="C"))  # np.ascontiguousarray gives a number a dim
+        except (TypeError, ValueError) as wrong:
             raise TypeError(f"{where} is an array of {value.dtype}, which can't go to another process.") from wrong
+        return {"array": _encode(tensor, tensors, where)["tensor"]}
     if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_meta or not _can_be_saved(value.dtype):
+            raise TypeError(
+                f"{where} is a {value.layout} tensor of {value.dtype} on {value.device}, "
+                "which can't go to another process."
+            )
         name = str(len(tensors))
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
@@ -66,6 +73,15 @@ def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
         f"{where} is a {type(value).__name__}: only None, bool, numbers, strings, tensors, arrays, AttentionState "
         "and lists, tuples and dicts of these go to another process. Use transport='threads' for other objects."
     )
+
+
+@functools.cache
+def _can_be_saved(dtype: torch.dtype) -> bool:
+    try:
+        serialize({"": torch.empty(0, dtype=dtype)})
+    except (KeyError, RuntimeError):  # safetensors has no name for it; torch has no plain tensor of it
+        return False
+    return True
 
 
 def _decode(encoded: Any, tensors: dict[str, Tensor]) -> Any:

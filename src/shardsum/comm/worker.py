@@ -6,7 +6,9 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -16,34 +18,48 @@ import torch
 
 from . import wire
 from .base import GRACE_SECONDS, Communicator
-from .connect import launched
+from .connect import MAIN, set_rank_of_process
 from .mpi import MpiCommunicator
 from .torch_distributed import connect_gloo
+
+_START_SECONDS = 60.0  # ranks import torch at different speeds; that is no collective's deadline
 
 
 def main(directory: Path, rank: int | None) -> int:
     """Run the function of the job on this rank and write its result, or its error, into the directory."""
     job = json.loads((directory / "job.json").read_text())
-    sys.path[:] = job["path"]
-    if job["terminal"]:  # under mpiexec the standard streams are pipes; a progress bar wants the terminal
-        terminal = os.open(job["terminal"], os.O_WRONLY | os.O_NOCTTY)
-        os.dup2(terminal, 1)
-        os.dup2(terminal, 2)
+    sys.path[:], sys.argv[:] = job["path"], job["argv"]
+    threading.Thread(target=_end_with_the_launch, args=(directory,), daemon=True).start()
     comm = _connect(job, directory, rank)
-    (directory / f"pid.{comm.rank}").write_text(str(os.getpid()))
-    launched.set(comm)
+    set_rank_of_process(comm)
+    for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
+        there = os.open(directory / f"{name}.{comm.rank}", os.O_WRONLY | os.O_NOCTTY)
+        os.dup2(there, stream.fileno())
+        os.close(there)
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:
         arguments = wire.load(directory / "arguments.safetensors")
         wire.save(directory / f"result.{comm.rank}", _function(job)(comm, *arguments))
     except BaseException as error:  # noqa: BLE001 (whatever ends a rank is reported, then it ends)
-        _report(directory, comm.rank, error)
-        if job["transport"] == "mpi":
-            _wait_for_others(directory, comm.size)
-            from mpi4py import MPI
-
-            MPI.COMM_WORLD.Abort(1)
+        try:
+            _report(directory, comm.rank, error)
+        finally:
+            if job["transport"] == "mpi":
+                _abort(directory, comm.size)
         return 1
+    finally:
+        if job["transport"] == "gloo":  # MPI closes by itself, once all ranks have come to their ends
+            comm.close()
     return 0
+
+
+def _end_with_the_launch(directory: Path) -> None:
+    """Wait until the launching process says so, or is gone without a word and leaves the directory to us."""
+    alive = os.open(directory / "alive", os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(alive, True)
+    if not os.read(alive, 1):
+        shutil.rmtree(directory, ignore_errors=True)
+    os._exit(1)
 
 
 def _connect(job: dict[str, Any], directory: Path, rank: int | None) -> Communicator:
@@ -57,18 +73,20 @@ def _connect(job: dict[str, Any], directory: Path, rank: int | None) -> Communic
     from torch.distributed import FileStore
 
     store = FileStore(str(directory / "store"), job["size"])
-    return connect_gloo(store, rank, job["size"], job["deadline"], loopback=True)
+    comm = connect_gloo(store, rank, job["size"], max(job["deadline"], _START_SECONDS), loopback=True)
+    comm.deadline_seconds = job["deadline"]
+    return comm
 
 
 def _function(job: dict[str, Any]) -> Any:
     if job["module"]:
         found: Any = importlib.import_module(job["module"])
     else:
-        spec = importlib.util.spec_from_file_location("__shardsum_main__", job["file"])
+        spec = importlib.util.spec_from_file_location(MAIN, job["file"])
         assert spec is not None
         assert spec.loader is not None
         found = importlib.util.module_from_spec(spec)
-        sys.modules["__shardsum_main__"] = found
+        sys.modules[MAIN] = found
         spec.loader.exec_module(found)
     for name in job["name"].split("."):
         found = getattr(found, name)
@@ -88,15 +106,18 @@ def _report(directory: Path, rank: int, error: BaseException) -> None:
     unfinished.rename(directory / f"error.{rank}")
 
 
-def _wait_for_others(directory: Path, size: int) -> None:
+def _abort(directory: Path, size: int) -> None:
+    """End all ranks of MPI, as soon as they have reported or the time to do so has passed."""
+    from mpi4py import MPI
+
+    sys.stdout.flush()  # MPI_Abort ends this process too, at once
     end = time.monotonic() + GRACE_SECONDS
-    while time.monotonic() < end:
-        ended = [
-            r for r in range(size) if any((directory / f"{what}.{r}").exists() for what in ("result", "error"))
-        ]
-        if len(ended) == size:
-            return
+    while (
+        time.monotonic() < end
+        and sum(1 for what in ("error", "result") for _ in directory.glob(f"{what}.*[0-9]")) < size
+    ):
         time.sleep(0.01)
+    MPI.COMM_WORLD.Abort(1)
 
 
 if __name__ == "__main__":

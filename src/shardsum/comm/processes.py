@@ -1,0 +1,170 @@
+"""The processes of one launch: how they start, where their words go, and that all of them end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TextIO
+
+from ..errors import Unsupported
+from .base import GRACE_SECONDS
+
+_RULE = re.compile(r"^-{60,}\n\0?", re.MULTILINE)  # Open MPI frames each of its messages between two of these
+
+
+def run_processes(directory: Path, ranks: int, transport: str, threads: int) -> dict[int, str]:
+    """Run all ranks of the job in `directory` to their ends; how the ranks ended that ended by themselves.
+
+    When one has failed, the others have two `GRACE_SECONDS` left.
+    """
+    worker = [sys.executable, "-m", "shardsum.comm.worker", str(directory)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
+    if transport == "mpi":
+        commands = [[*_mpiexec(ranks), *worker]]
+        # On one host the shared-memory transport alone starts in 0.1 s instead of 1.0.
+        environment |= {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "sm,self"}
+    else:
+        commands = [[*worker, str(rank)] for rank in range(ranks)]
+    group = _Group(directory, ranks)
+    try:
+        for command in commands:
+            group.start(command, environment)
+        deadline: float | None = None
+        while group.running() and (deadline is None or time.monotonic() < deadline):
+            if deadline is None and (group.failed() or any(directory.glob("error.*[0-9]"))):
+                deadline = time.monotonic() + 2 * GRACE_SECONDS
+            time.sleep(0.005)
+        codes = [process.returncode for process in group.processes]
+    finally:
+        group.end()
+    said = [file.read_text(errors="replace") for file in group.said]
+    if transport == "mpi":
+        return _ends_told_by_mpiexec(codes[0], said[0], ranks)
+    return {rank: _end(code, said[rank]) for rank, code in enumerate(codes) if code is not None}
+
+
+def _mpiexec(ranks: int) -> list[str]:
+    beside = Path(sys.executable).parent / "mpiexec"
+    program = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if program is None:
+        raise Unsupported("the mpi transport needs mpiexec: pip install 'shardsum[mpi]', or put mpiexec on PATH.")
+    command = [program, "-n", str(ranks)]
+    if os.geteuid() == 0:
+        command.append("--allow-run-as-root")
+    cores = len(os.sched_getaffinity(0))
+    if ranks > cores:
+        return [*command, "--oversubscribe", "--bind-to", "none"]
+    return [*command, "--map-by", f"slot:PE={cores // ranks}", "--bind-to", "core"]
+
+
+def _ends_told_by_mpiexec(code: int | None, said: str, ranks: int) -> dict[int, str]:
+    """mpiexec ends all ranks when one ends badly, and says which one that was."""
+    ends = {}
+    parts = _RULE.split(said)
+    own_words = "".join(parts[::2])  # a rank's, from before it had streams of its own
+    for message in parts[1::2]:
+        if exit_code := re.search(r"Process name: \[.*,(\d+)\]\s+Exit code:\s+(\d+)", message):
+            ends[int(exit_code[1])] = _end(int(exit_code[2]), own_words)
+        elif killed := re.search(r"process rank (\d+) .*on\s+signal (\d+)", message, re.DOTALL):
+            ends[int(killed[1])] = _end(-int(killed[2]), own_words)
+        elif left := re.search(r"process rank (\d+) ", message):
+            ends[int(left[1])] = "it called MPI_Abort, or exit without MPI_Finalize"
+    if not ends and code is not None:
+        return dict.fromkeys(range(ranks), f"mpiexec: {_end(code, said)}")
+    return ends
+
+
+def _end(code: int, said: str) -> str:
+    how = f"exit status {code}" if code >= 0 else f"signal {-code} ({signal.strsignal(-code)})"
+    return f"{how}\n{said.strip()}" if said.strip() else how
+
+
+class _Group:
+    """What a launch holds beside its directory: processes, pipes, and the threads that pass on what ranks print.
+
+    A rank takes its standard streams from the directory, once it is connected: a terminal, so that it can show a
+    progress bar there, or a named pipe. What comes before that, and mpiexec's own words, go into files.
+    """
+
+    def __init__(self, directory: Path, ranks: int) -> None:
+        self._directory, self._ranks = directory, ranks
+        self._forwarders: list[threading.Thread] = []
+        self._held: list[int] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.said: list[Path] = []
+        os.mkfifo(directory / "alive")
+        self._held.append(os.open(directory / "alive", os.O_RDWR))  # closed when we end, however that is
+        for rank in range(ranks):
+            self._give(f"stdout.{rank}", sys.stdout)
+            self._give(f"stderr.{rank}", sys.stderr)
+
+    def _give(self, name: str, stream: TextIO) -> None:
+        path, terminal = self._directory / name, _terminal(stream)
+        if terminal is not None:
+            path.symlink_to(terminal)
+            return
+        os.mkfifo(path)
+        reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or opening would wait for a writer
+        self._held.append(os.open(path, os.O_WRONLY))  # or the pipe would end before the rank has come
+        os.set_blocking(reading, True)
+        forwarder = threading.Thread(target=_forward, args=(reading, stream), daemon=True)
+        forwarder.start()
+        self._forwarders.append(forwarder)
+
+    def start(self, command: list[str], environment: dict[str, str]) -> None:
+        self.said.append(self._directory / f"said.{len(self.said)}")
+        with self.said[-1].open("ab") as said:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,  # Ctrl-C is for us: we end the ranks
+            )
+        self.processes.append(process)
+
+    def running(self) -> bool:
+        return any(process.poll() is None for process in self.processes)
+
+    def failed(self) -> bool:
+        return any(process.poll() not in (None, 0) for process in self.processes)
+
+    def end(self) -> None:
+        """End what still runs, by asking, then by force; return when all that the ranks printed is passed on."""
+        for kill in (signal.SIGTERM, signal.SIGKILL):
+            for process in self.processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, kill)
+            end = time.monotonic() + 2 * GRACE_SECONDS
+            while self.running() and time.monotonic() < end:
+                time.sleep(0.005)
+        os.write(self._held[0], bytes(self._ranks))  # to each rank still there: end, the directory is ours
+        for held in self._held:
+            os.close(held)
+        for forwarder in self._forwarders:
+            forwarder.join(GRACE_SECONDS)  # longer only where a process that a rank started still holds the pipe
+
+
+def _terminal(stream: TextIO) -> str | None:
+    try:
+        name = os.ttyname(stream.fileno()) if stream.isatty() else None
+    except OSError:
+        return None
+    return name if name is not None and os.access(name, os.W_OK) else None
+
+
+def _forward(reading: int, stream: TextIO) -> None:
+    with open(reading, errors="replace", newline="") as pipe:
+        for line in pipe:
+            with contextlib.suppress(OSError, ValueError):  # a reader who has gone stops no rank
+                stream.write(line)
+                stream.flush()
