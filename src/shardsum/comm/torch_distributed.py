@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -27,11 +28,12 @@ class TorchCommunicator(Communicator):
         super().__init__(rank, size, deadline_seconds)
         self.transport = transport
         self._group = group
+        atexit.register(self.close)
         # NCCL moves CUDA memory only: what lies elsewhere is taken there and back.
         self._device = torch.device("cuda", torch.cuda.current_device()) if transport == "nccl" else None
 
     def close(self) -> None:
-        self._group = None  # with the last reference its threads end: while Python stops they could not
+        self._group = None  # with the last reference its threads end; once Python stops they abort the process
 
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
         if len(set(sizes)) > 1:  # this collective takes equal sizes only; whatever else is padding

@@ -47,9 +47,6 @@ def main(directory: Path, rank: int | None) -> int:
             if job["transport"] == "mpi":
                 _abort(directory, comm.size)
         return 1
-    finally:
-        if job["transport"] == "gloo":  # MPI closes by itself, once all ranks have come to their ends
-            comm.close()
     return 0
 
 
