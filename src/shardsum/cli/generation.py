@@ -274,7 +274,7 @@ def _show(report: dict[str, Any]) -> None:
     most = max(report["kv_bytes_per_rank"])
     share = f" ({most / alone:.1%})" if alone else ""
     table.add_row("KV bytes per rank", f"{alone:,}" if alone else "", f"{most:,}{share}")
-    table.add_row("bytes on the wire per token, all ranks", "", f"{report['wire_bytes_per_token']:,.0f}")
+    table.add_row("bytes on the wire per token", "", f"{report['wire_bytes_per_token']:,.0f}")
     table.add_row("threads per process", *both("threads", "{}"))
     table.add_row("time to first token, seconds", *both("first_token_seconds", "{:.1f}"))
     table.add_row("tokens per second", *both("tokens_per_second", "{:.1f}"))
