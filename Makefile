@@ -1,4 +1,4 @@
-# Everything runs in .venv, which these targets make: nothing but Python >= 3.10, pip and a C++ compiler is needed.
+# Everything runs in .venv, which these targets make: nothing but Python >= 3.10 and pip is needed.
 PYTHON ?= python3
 BIN := .venv/bin
 

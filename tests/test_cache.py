@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardsum import KVCache, Layout, Mismatch, Unsupported, launch, shard
+from shardsum import KVCache, Layout, Mismatch, Unsupported, connect, launch, shard
 from shardsum.comm import Communicator
 
 from . import dense
@@ -166,3 +166,27 @@ def test_what_does_not_fit_is_refused_on_every_rank() -> None:
     assert "Append them without layout" in first[6]
     assert first[7] == second[7]
     assert "lengths" in first[7]
+
+
+def test_ranks_in_different_layers_are_told() -> None:
+    def run(comm: Communicator) -> str:
+        cache = KVCache(comm=comm, layers=2, kv_heads=1, head_dim=2)
+        for layer in range(2):
+            cache.append(layer, torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2))
+        with pytest.raises(Mismatch) as caught:
+            cache.attend(comm.rank, torch.ones(1, 1, 1, 2))
+        return str(caught.value)
+
+    messages = launch(run, ranks=2, transport="threads")
+    assert messages[0] == messages[1]
+    assert "KVCache.attend in layer 0" in messages[0]
+
+
+def test_what_a_cache_refuses() -> None:
+    cache = KVCache(comm=connect("single"), layers=1, kv_heads=1, head_dim=2)
+    with pytest.raises(ValueError, match="length must be 0 or more: got -1"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match="layer must be one of the cache's 1: got 1"):
+        cache.append(1, torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2))
+    with pytest.raises(ValueError, match="at least one sequence"):
+        cache.append(0, torch.ones(0, 1, 3, 2), torch.ones(0, 1, 3, 2))

@@ -53,7 +53,7 @@ def test_causal_work_is_even(name: str, size: int) -> None:
     layout = Layout(name)
     work = []
     for rank in range(size):
-        lo, hi = Mask(length, length, causal=True).intervals(layout.positions(length, rank, size))
+        ((lo, hi),) = Mask(length, length, causal=True).intervals(layout.positions(length, rank, size))
         own = [localize(lo, hi, layout.positions(length, other, size)) for other in range(size)]
         work.append(sum(int((high - low).sum()) for low, high in own))
     assert max(work) * size / sum(work) <= 1.02

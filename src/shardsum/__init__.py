@@ -1,10 +1,11 @@
 """Exact attention over keys and values that live on many machines, as one weighted sum."""
 
-from .attention import attention, shard, unshard, weighted_sum
+from .attention import attention
 from .cache import KVCache
 from .comm import Communicator, connect, launch
 from .errors import Mismatch, NonFiniteWarning, RankLost, Unsupported
 from .layouts import Layout
+from .sharding import shard, unshard, weighted_sum
 from .state import AttentionState, merge
 
 __version__ = "0.1.0"

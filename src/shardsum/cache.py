@@ -8,12 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .attention import Arguments, Indices, Window, agree_on, attend
-from .comm import Communicator, connect
+from .arguments import Arguments, Indices
+from .attention import attend
+from .comm import Communicator, agree_on, as_communicator
 from .errors import Unsupported
-from .kernels import Kernel
 from .layouts import Layout, Placement, as_layout
-from .strategies import Strategy
 
 # A layer's storage grows by a 32nd, at least 32 positions: about 3 % of it lies idle at most.
 GROWTH_SHARE, GROWTH_POSITIONS = 32, 32
@@ -42,7 +41,7 @@ class KVCache:
         device: torch.device | str | None = None,
         comm: Communicator | None = None,
     ) -> None:
-        self.comm = connect() if comm is None else comm
+        self.comm = as_communicator(comm)
         dims = (head_dim, head_dim if v_dim is None else v_dim)
         self._layers = [_Layer(kv_heads, *dims, dtype, device) for _ in range(layers)]
         self.reset()
@@ -61,7 +60,7 @@ class KVCache:
 
     def lengths(self, layer: int) -> Int[Tensor, " batch"]:
         """The number of tokens of each sequence in one layer; empty before its first token."""
-        return self._layers[layer].lengths
+        return self._layer(layer).lengths
 
     @property
     def bytes_held(self) -> int:
@@ -84,10 +83,10 @@ class KVCache:
 
         Shapes: k (batch, kv_heads, new, head_dim), v (batch, kv_heads, new, v_dim).
         Traffic: none without `layout`; with it, one all-gather of 64 bytes to agree on the number of tokens.
-        Raises: ValueError for shapes that do not fit the cache; Mismatch where the ranks' calls differ;
-        Unsupported for shards behind sequences of different lengths.
+        Raises: ValueError for shapes that do not fit the cache; Mismatch where the ranks' calls differ (without
+        `layout` only the next `attend` finds out); Unsupported for shards behind sequences of different lengths.
         """
-        store = self._layers[layer]
+        store = self._layer(layer)
         if layout is None:
             store.check(k, v)
             index, new, owners = torch.arange(k.shape[2]), k.shape[2], None
@@ -108,12 +107,7 @@ class KVCache:
             here = (self._owners[base + valid_index] == self.comm.rank).nonzero().flatten()
             slots = torch.searchsorted(mine, base + index[here])
             here = here.to(k.device)
-            store.write(
-                row,
-                slots,
-                k[row].index_select(2, here.to(k.device)),
-                v[row].index_select(2, here.to(k.device)),
-            )
+            store.write(row, slots, k[row].index_select(2, here), v[row].index_select(2, here))
         store.lengths = start + valid
 
     def attend(
@@ -122,31 +116,24 @@ class KVCache:
         q: Float[Tensor, "batch q_heads q_len head_dim"],
         *,
         causal: bool = True,
-        window: Window | None = None,
-        key_range: tuple[Indices, Indices] | None = None,
-        scale: float | None = None,
         q_replicated: bool = True,
         layout: str | Layout | None = None,
-        strategy: str | Strategy = "auto",
-        kernel: str | Kernel = "auto",
         return_state: bool = False,
+        **options: Any,
     ) -> Any:  # a Tensor, or an AttentionState if return_state
         """The attention of queries over what all ranks hold in one layer; the last query meets the last token.
 
         Queries are the same on every rank, or with `q_replicated=False` this rank's shard by `layout` (prefill).
-        The other arguments, Numerics and Raises are those of `attention`. In a batch whose sequences have
-        different lengths, each sequence's queries end at its own length.
+        `options` are the other arguments of `attention` (window, key_range, softcap, sinks, strategy, ...), as are
+        Numerics and Raises. In a batch whose sequences have different lengths, each sequence's queries end at its
+        own length.
         """
-        store = self._layers[layer]
+        store = self._layer(layer)
         arguments = Arguments(
             layout="contiguous" if layout is None else layout,
-            strategy=strategy,
-            kernel=kernel,
             causal=causal,
-            window=window,
-            key_range=key_range,
-            scale=scale,
             q_replicated=q_replicated,
+            **options,
             lengths=store.lengths if len(store.lengths) else torch.zeros(q.shape[0], dtype=torch.int64),
         )
         placement = self._place(store.longest)
@@ -154,11 +141,13 @@ class KVCache:
         k, v = store.k[:, :, :held], store.v[:, :, :held]
         if not len(store.lengths):
             k, v = (x.new_empty(q.shape[0], *x.shape[1:]) for x in (k, v))
-        state = attend(self.comm, q, k, v, arguments, placement)
+        state = attend(self.comm, q, k, v, arguments, placement, f"KVCache.attend in layer {layer}")
         return state if return_state else state.out.to(q.dtype)
 
     def crop(self, length: int) -> None:
         """Forget every sequence's tokens from position `length` on."""
+        if length < 0:
+            raise ValueError(f"length must be 0 or more: got {length}.")
         for layer in self._layers:
             layer.lengths = layer.lengths.clamp(max=length)
         self._owners = self._owners[: max((layer.longest for layer in self._layers), default=0)]
@@ -170,10 +159,15 @@ class KVCache:
         for layer in self._layers:
             layer.reorder(order)
 
+    def _layer(self, layer: int) -> _Layer:
+        if not 0 <= layer < len(self._layers):
+            raise ValueError(f"layer must be one of the cache's {len(self._layers)}: got {layer}.")
+        return self._layers[layer]
+
     def _agree_on_shards(self, layer: int, k: Tensor, v: Tensor, layout: Layout) -> Placement:
         def describe() -> dict[str, Any]:
-            self._layers[layer].check(k, v)
-            cached = self._layers[layer].lengths.tolist()
+            self._layer(layer).check(k, v)
+            cached = self._layer(layer).lengths.tolist()
             shape = [*k.shape[:2], k.shape[3], v.shape[3]]
             names = [layout.name, *layout.weights]
             return {"call": "append", "layer": layer, "shape": shape, "layout": names, "lengths": cached}
@@ -235,6 +229,8 @@ class _Layer:
                     f"{name} must be ({batch}, {heads}, new, {dim}) in {like.dtype}, as in the cache: "
                     f"got {tuple(x.shape)} in {x.dtype}."
                 )
+        if batch == 0:
+            raise ValueError("a cache needs at least one sequence: got a batch of 0.")
         if k.shape[2] != v.shape[2]:
             raise ValueError(f"k and v must have the same length: got {k.shape[2]} and {v.shape[2]}.")
 

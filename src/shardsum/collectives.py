@@ -1,4 +1,4 @@
-"""All-reduce of attention states: the collectives in which the sum is finished.
+"""All-reduce of attention states and of gradients: the collectives in which the sum is finished.
 
 A state travels as one buffer (out and lse side by side) in float32 or wider, and is merged locally in rank
 order along one tree, so every rank that merges the same states gets the same bits.
@@ -6,7 +6,8 @@ order along one tree, so every rank that merges the same states gets the same bi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,3 +44,61 @@ def reduce_scatter_states(comm: Communicator, states: Sequence[AttentionState]) 
     own = pack(states[comm.rank])
     received = comm.all_to_all([pack(state) for state in states], [own.shape] * comm.size)
     return merge_all([unpack(packed) for packed in received])
+
+
+def sum_over_ranks(comm: Communicator, part: Tensor) -> Tensor:
+    """The sum of every rank's `part`, added in rank order: bit-equal on every rank.
+
+    Traffic: each rank sends its part to every other, in one round.
+    """
+    return part if comm.size == 1 else functools.reduce(torch.add, comm.all_gather(part))
+
+
+def sum_scatter(comm: Communicator, parts: Sequence[Tensor]) -> Tensor:
+    """The sum of what all ranks have for this one, added in rank order; `parts[r]` is for rank r.
+
+    Traffic: each rank sends every other rank its part, in one round.
+    """
+    if comm.size == 1:
+        return parts[0]
+    return functools.reduce(torch.add, comm.all_to_all(parts, [parts[comm.rank].shape] * comm.size))
+
+
+def circulate(
+    comm: Communicator,
+    shard: Sequence[Tensor],
+    visit: Callable[[int, Sequence[Tensor]], Sequence[Tensor]],
+    shapes: Callable[[int], Sequence[Sequence[int]]],
+    onward: Callable[[int, Sequence[Tensor]], Sequence[Tensor]] = lambda owner, held: held,
+    combine: Callable[[int, Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]] | None = None,
+    result_shapes: Callable[[int], Sequence[Sequence[int]]] = lambda owner: [],
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Send every rank's `shard` round the ring; what its visits gave at home, and on the other ranks together.
+
+    `visit(owner, held)` computes with the shard that is there, while the next one, of `shapes(owner)`, arrives: at
+    most two are on a rank. `onward` is what of a shard goes on. With `combine`, the visits' results
+    travel one hop behind their shard, each rank adding its own, and return home; they have `result_shapes(owner)`.
+    """
+    to, source = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    held, at_home = shard, shard
+    returning: list[Callable[[], Tensor]] = []
+    for hop in range(comm.size):
+        owner, coming = (comm.rank - hop) % comm.size, (comm.rank - hop - 1) % comm.size
+        arriving = []
+        if hop < comm.size - 1:
+            arriving = [
+                comm.exchange(part, to, source, shape)
+                for part, shape in zip(onward(owner, held), shapes(coming), strict=True)
+            ]
+        found = visit(owner, held)
+        if hop == 0:
+            at_home = found
+        elif combine is not None:
+            if hop > 1:
+                found = combine(owner, [wait() for wait in returning], found)
+            returning = [
+                comm.exchange(part, to, source, shape)
+                for part, shape in zip(found, result_shapes(coming), strict=True)
+            ]
+        held = [wait() for wait in arriving]
+    return at_home, [wait() for wait in returning]

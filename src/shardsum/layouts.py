@@ -38,6 +38,13 @@ class Layout:
                 f"layout must be one of {', '.join(NAMES)} or Layout.weighted([...]): got {self.name!r}."
             )
 
+        if self.name != "weighted" and self.weights:
+            raise ValueError(f"layout {self.name} has no weights: got {list(self.weights)}.")
+        if self.name == "weighted" and not (
+            all(0 <= weight < float("inf") for weight in self.weights) and 0 < 2 * sum(self.weights) < float("inf")
+        ):
+            raise ValueError(f"weights must be finite, none negative and not all zero: got {list(self.weights)}.")
+
     @classmethod
     def weighted(cls, weights: Sequence[float]) -> Layout:
         """Shares in proportion to `weights`, one for each rank, for machines of unequal speed.
@@ -48,10 +55,7 @@ class Layout:
         >>> Layout.weighted([3, 1, 2]).lengths(12, size=3)
         [6, 2, 4]
         """
-        shares = tuple(float(weight) for weight in weights)
-        if not all(0 <= share < float("inf") for share in shares) or not sum(shares) > 0:
-            raise ValueError(f"weights must be finite, none negative and not all zero: got {list(weights)}.")
-        return cls("weighted", shares)
+        return cls("weighted", tuple(float(weight) for weight in weights))
 
     def positions(self, length: int, rank: int, size: int) -> Positions:
         """The global positions that `rank` of `size` holds of a sequence of `length`, increasing."""

@@ -1,8 +1,9 @@
-"""A mask is one interval of keys per query row.
+"""A mask is one interval of keys per query row, or two that do not overlap.
 
 Causal, sliding window, packed documents, padding, and any of them intersected let row i see the keys
-`[lo_i, hi_i)` and no others. Intervals are of *global* key indices; the visible part of a shard whose positions
-increase is again one interval per row, found by `localize`.
+`[lo_i, hi_i)` and no others; first tokens or a prefix beside a window are a second interval. Intervals are of
+*global* key indices; the visible part of a shard whose positions increase is again one interval per row, found by
+`localize`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class Mask:
 
     `q_len`, `kv_len`: global lengths. `window`: (left, right) keys around the query's own position, None is no
     limit. `cu_seqlens`, `cu_seqlens_k`: cumulative document lengths. `key_range`: (start, end), each (batch,).
-    `q_start`: position of query 0, () or (batch,); without it the last query meets the last key.
+    `q_start`: position of query 0, () or (batch,); without it the last query meets the last key. `prefix`,
+    `sink_tokens`: so many first keys are seen besides, the former whatever causal says. `key_intervals`: (lo, hi)
+    of all queries, global key indices; nothing outside is seen.
     Raises: ValueError for lengths, windows and ranges that make no sense.
     """
 
@@ -35,7 +38,10 @@ class Mask:
     cu_seqlens: Int[Tensor, " q_ends"] | None = None
     cu_seqlens_k: Int[Tensor, " k_ends"] | None = None
     key_range: tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]] | None = None
-    q_start: Int[Tensor, " batch_or_1"] | None = None
+    q_start: Int[Tensor, " batch_or_1_of_starts"] | None = None
+    prefix: Int[Tensor, " batch_or_1_of_prefixes"] | None = None
+    sink_tokens: int = 0
+    key_intervals: tuple[Rows, Rows] | None = None
 
     def __post_init__(self) -> None:
         if (self.cu_seqlens is None) != (self.cu_seqlens_k is None):
@@ -49,29 +55,51 @@ class Mask:
                 "cu_seqlens and cu_seqlens_k must name the same documents: "
                 f"got {len(self.cu_seqlens) - 1} and {len(self.cu_seqlens_k) - 1}."
             )
-        _check_documents("cu_seqlens", self.cu_seqlens, self.q_len)
-        _check_documents("cu_seqlens_k", self.cu_seqlens_k, self.kv_len)
+        _check_documents("cu_seqlens", self.cu_seqlens, self.q_len, "queries")
+        name = "cu_seqlens" if self.cu_seqlens_k is self.cu_seqlens else "cu_seqlens_k"
+        _check_documents(name, self.cu_seqlens_k, self.kv_len, "keys")
 
-    def intervals(self, rows: Int[Tensor, " rows"]) -> tuple[Rows, Rows]:
-        """`lo` and `hi`: the query rows with these global indices see the global keys lo <= j < hi.
+    def intervals(self, rows: Int[Tensor, " rows"]) -> list[tuple[Rows, Rows]]:
+        """Disjoint intervals: the query rows with these global indices see the global keys lo <= j < hi of each.
 
-        Shapes: each (batch or 1, rows), int64. A row that sees nothing has lo == hi.
+        There are two if first tokens or a prefix are seen beside a window or the causal past, else one.
+        Shapes: each (batch or 1, rows), int64. A row that sees nothing of an interval has lo == hi.
         """
         first, end, own = self._documents(rows)
+        if self.key_range is not None:
+            start, stop = (bound.to(rows.device, torch.int64).view(-1, 1) for bound in self.key_range)
+            first, end = torch.maximum(first, start), torch.minimum(end, stop)
         lo, hi = first, end
         if self.causal:
             hi = torch.minimum(hi, own + 1)
+        past = hi
         left, right = self.window
         if left is not None:
             lo = torch.maximum(lo, own - left)
         if right is not None:
             hi = torch.minimum(hi, own + right + 1)
-        if self.key_range is not None:
-            start, stop = (bound.to(rows.device, torch.int64).view(-1, 1) for bound in self.key_range)
-            lo, hi = torch.maximum(lo, start), torch.minimum(hi, stop)
-        lo, hi = lo.clamp(0, self.kv_len), hi.clamp(0, self.kv_len)
-        hi = torch.maximum(lo, hi)
-        return lo.expand_as(hi), hi
+        found = [(lo, hi)]
+        if self.sink_tokens or self.prefix is not None:
+            head = torch.minimum(first + self.sink_tokens, past)
+            if self.prefix is not None:
+                head = torch.maximum(head, first + self.prefix.to(first).view(-1, 1))
+            head = torch.maximum(torch.minimum(head, end), first)
+            # Where the first keys reach the window, both are one interval.
+            joined = (lo <= head) & (lo < hi)
+            head = torch.where(joined, torch.maximum(head, hi), head)
+            found = [(first, head), (torch.where(joined, hi, lo), hi)]
+        if self.key_intervals is not None:
+            given_lo, given_hi = (bound.to(rows.device)[:, rows] for bound in self.key_intervals)
+            found = [(torch.maximum(lo, given_lo), torch.minimum(hi, given_hi)) for lo, hi in found]
+        return [self._clamped(lo, hi) for lo, hi in found]
+
+    def _clamped(self, lo: Tensor, hi: Tensor) -> tuple[Rows, Rows]:
+        lo, hi = torch.broadcast_tensors(lo.clamp(0, self.kv_len), hi.clamp(0, self.kv_len))
+        return lo, torch.maximum(lo, hi)
+
+    def own(self, rows: Int[Tensor, " rows"]) -> Rows:
+        """Each row's own position, as a global key index: what distances are measured from."""
+        return self._documents(rows)[2]
 
     def _documents(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each row's first and last permitted key and its own position, as global key indices."""
@@ -93,11 +121,11 @@ def localize(lo: Rows, hi: Rows, positions: Int[Tensor, " keys"]) -> tuple[Rows,
     return torch.searchsorted(positions, lo.contiguous()), torch.searchsorted(positions, hi.contiguous())
 
 
-def _check_documents(name: str, ends: Tensor, length: int) -> None:
+def _check_documents(name: str, ends: Tensor, length: int, what: str) -> None:
     if ends.ndim != 1 or len(ends) < 2:
         raise ValueError(f"{name} must be (documents + 1,): got {tuple(ends.shape)}.")
     if int(ends[0]) != 0 or int(ends[-1]) != length or bool((ends.diff() < 0).any()):
         raise ValueError(
-            f"{name} must rise from 0 to the global length {length}: "
-            f"got {int(ends[0])} ... {int(ends[-1])}. State the lengths of all ranks together."
+            f"{name} must rise from 0 to {length}, the number of {what} of all ranks together: "
+            f"got {int(ends[0])} ... {int(ends[-1])}."
         )

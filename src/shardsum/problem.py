@@ -29,6 +29,8 @@ class Problem:
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor) -> Problem:
         for name, tensor in (("q", q), ("k", k), ("v", v)):
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{name} must be a torch tensor: got {type(tensor).__name__}.")
             if tensor.ndim != 4:
                 raise ValueError(
                     f"{name} must be (batch, heads, length, dim): got {tuple(tensor.shape)}. Add the missing dims."
@@ -38,6 +40,8 @@ class Problem:
             raise ValueError(f"k and v must have the same batch, heads and length: {shapes}")
         if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
             raise ValueError(f"q and k must have the same batch and head_dim: {shapes}")
+        if not (q.shape[3] and v.shape[3]):
+            raise ValueError(f"head_dim and v_dim must be at least 1: {shapes}")
         if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
             raise ValueError(f"kv_heads must divide q_heads: {shapes}")
         if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:

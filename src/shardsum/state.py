@@ -50,6 +50,8 @@ class AttentionState:
     def is_finite(self) -> bool:
         """Whether no row holds NaN or Inf; an empty row, whose lse is -inf, is as it should be."""
         lse_is_good = not bool((self.lse.isnan() | (self.lse == torch.inf)).any())
+        if self.out.dtype == torch.float64:
+            return lse_is_good and bool(self.out.isfinite().all())
         # One pass without a temporary: a float64 sum of float32 cannot overflow.
         return lse_is_good and bool(self.out.sum(dtype=torch.float64).isfinite())
 

@@ -132,6 +132,7 @@ def test_heads_and_batch_may_be_missing(capsys: Capture, tmp_path: Path) -> None
         (("q.npy", "k.npy", "flat.npy"), [], ["all lack", "(41, 24)"]),
         (("half.safetensors:q", "k.npy", "v.npy"), [], ["one dtype", "bfloat16"]),
         (("q.npy", "k.npy", "v.npy"), ["--window", "x"], ["--window", "'x'"]),
+        (("q.npy", "k.npy", "v.npy"), ["--window", "9" * 20 + ","], ["window"]),
         (("q.npy", "k.npy", "v.npy"), ["--cu-seqlens", "0,9"], ["cu_seqlens", "29"]),
         (("q.npy", "k.npy", "v.npy"), ["--cu-seqlens", "0,x"], ["--cu-seqlens", "0,x"]),
         (("q.npy", "k.npy", "v.npy"), ["--scale", "nan"], ["scale", "nan"]),
@@ -153,11 +154,13 @@ def test_wrong_input_is_one_line_and_no_output(
         ("missing/out.npy", ["no such folder"]),
         ("out.txt", [".npy or .safetensors"]),
         ("half.npy", ["bfloat16", "half.safetensors"]),
+        ("folder.npy", ["is a folder"]),
     ],
 )
 def test_an_output_that_can_not_be(
     capsys: Capture, folder: Path, tmp_path: Path, output: str, words: list[str]
 ) -> None:
+    (tmp_path / "folder.npy").mkdir()
     inputs = arrays(folder, *[f"half.safetensors:{name}" for name in "qkv"])
     done = shardsum(capsys, *inputs, "-o", tmp_path / output, "--transport", "threads")
     assert_refused(done, *words)
@@ -181,3 +184,7 @@ def test_weights_and_masks_exclude_each_other(capsys: Capture, folder: Path, tmp
     inputs = ["attend", "--weights", folder / "w.npy", "--v", folder / "v.npy", "-o", tmp_path / "out.npy"]
     assert_refused(shardsum(capsys, *inputs, "--causal"), "--weights")
     assert_refused(shardsum(capsys, "attend", "--v", folder / "v.npy", "-o", "x.npy"), "--weights")
+    np.save(tmp_path / "w.npy", np.ones((3, 2, 41), dtype=np.float32))
+    np.save(tmp_path / "v.npy", np.ones((5, 41, 2), dtype=np.float32))
+    inputs = ["attend", "--weights", tmp_path / "w.npy", "--v", tmp_path / "v.npy", "-o", tmp_path / "out.npy"]
+    assert_refused(shardsum(capsys, *inputs, "--transport", "threads"), "before the last two")

@@ -59,6 +59,8 @@ def test_under_a_launcher(launcher: str) -> None:
         (("--numbers", "1,2/3", "-n", "3"), ("2 nodes", "-n is 3")),
         (("--numbers", "1,2", "--weights", "1"), ("--weights",)),
         (("--numbers", "1,,2"), ("--numbers",)),
+        (("--numbers", "1,nan/inf"), ("--numbers", "finite")),
+        (("--weights", ""), ("--weights",)),
         (("-n", "0"), ("-n", "0")),
         (("--transport", "pigeon"), ("pigeon",)),
     ],

@@ -13,8 +13,10 @@ from torch import Tensor
 
 import shardsum
 from shardsum import Layout
-from shardsum.comm import Communicator
-from shardsum.strategies import Strategy
+from shardsum.comm import Communicator, Traffic
+from shardsum.kernels import Gradients, OutputGradient
+from shardsum.state import AttentionState
+from shardsum.strategies import STRATEGIES, Call, Strategy
 
 from .. import dense
 from ..tolerances import STATE, assert_close
@@ -28,6 +30,8 @@ MASKS: dict[str, dict[str, Any]] = {
     "documents": {"causal": True, "cu_seqlens": "some"},
     "document windows": {"window": (2, 1), "cu_seqlens": "some"},
     "earlier queries": {"causal": True, "q_start": [2, -3]},
+    "first tokens": {"causal": True, "window": (4, None), "sink_tokens": 3, "key_range": ([2, 0], [19, 15])},
+    "prefix": {"causal": True, "window": (5, 1), "prefix": [4, 9]},
 }
 
 
@@ -69,6 +73,37 @@ class Case:
     def expected(self) -> tuple[Tensor, Tensor]:
         q, k, v = self.tensors()
         return dense.attention(q, k, v, dense.visible(self.q_len, self.kv_len, 2, **self.options()))
+
+
+class Recorded(Strategy):
+    """A strategy whose declared traffic is held against what the communicator counts, in both directions."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy, self.name, self.rows_stay = strategy, strategy.name, strategy.rows_stay
+
+    def forward(self, call: Call) -> AttentionState:
+        before = call.comm.traffic.snapshot()
+        state = self.strategy.forward(call)
+        assert call.comm.traffic - before == self.traffic(call), (self.name, call.comm.rank, "forward")
+        return state
+
+    def backward(self, call: Call, gradient: OutputGradient) -> Gradients:
+        before = call.comm.traffic.snapshot()
+        found = self.strategy.backward(call, gradient)
+        declared = self.traffic_backward(call)
+        assert call.comm.traffic - before == declared, (self.name, call.comm.rank, "backward", declared)
+        return found
+
+    def traffic(self, call: Call) -> Traffic:
+        return self.strategy.traffic(call)
+
+    def traffic_backward(self, call: Call) -> Traffic:
+        return self.strategy.traffic_backward(call)
+
+    def _never(self, call: Call, *_: object) -> Any:
+        raise AssertionError("the strategy inside is asked")
+
+    _backward = _traffic = _traffic_backward = _never
 
 
 def layout_of(name: str, size: int) -> Layout:
@@ -116,7 +151,6 @@ def run_case(comm: Communicator, case: Case, strategy: str | Strategy, kernel: s
     assert_close(state.lse, expected_lse, tolerance, f"lse of {what}")
 
 
-STRATEGIES = ("all_reduce", "all_gather", "ring")
 KERNELS = ("aten", "reference")
 LAYOUTS = ("contiguous", "zigzag", "striped", "weighted", "ragged")
 

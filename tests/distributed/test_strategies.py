@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 import shardsum
-from shardsum import AttentionState, Layout, Mismatch, NonFiniteWarning, Unsupported, launch
+from shardsum import AttentionState, Layout, Mismatch, NonFiniteWarning, RankLost, Unsupported, launch
 from shardsum.comm import Communicator
-from shardsum.strategies import STRATEGIES, Call, Strategy, as_strategy
+from shardsum.strategies import STRATEGIES, as_strategy
 
-from .cases import Case, layout_of, run_all, run_case
+from .cases import Case, Recorded, layout_of, run_all, run_case
 
 # Cases with a NaN in a visible key are among them: that they warn is tested below.
 pytestmark = pytest.mark.filterwarnings("ignore::shardsum.NonFiniteWarning")
@@ -20,28 +22,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::shardsum.NonFiniteWarning")
 @pytest.mark.parametrize("which", ["matrix", "corners"])
 def test_against_float64_on_every_rank(size: int, which: str) -> None:
     counts = launch(run_all, ranks=size, transport="threads", args=(which,))
-    assert set(counts) == {480 if which == "matrix" else 48}
+    assert set(counts) == {800 if which == "matrix" else 64}
 
 
 @pytest.mark.parametrize("transport", ["gloo", "mpi"])
 def test_against_float64_in_processes(transport: str) -> None:
-    assert launch(run_all, ranks=3, transport=transport, args=("corners",)) == [48] * 3
-
-
-class Recorded(Strategy):
-    """A strategy that compares what it declares with what the communicator counted."""
-
-    def __init__(self, strategy: Strategy) -> None:
-        self.strategy, self.name = strategy, strategy.name
-
-    def traffic(self, call: Call) -> shardsum.comm.Traffic:
-        return self.strategy.traffic(call)
-
-    def forward(self, call: Call) -> AttentionState:
-        before = call.comm.traffic.snapshot()
-        state = self.strategy.forward(call)
-        assert call.comm.traffic - before == self.traffic(call), (self.name, call.comm.rank)
-        return state
+    assert launch(run_all, ranks=3, transport=transport, args=("corners",)) == [64] * 3
 
 
 def declared_is_counted(comm: Communicator, name: str) -> None:
@@ -144,14 +130,25 @@ def test_shards_that_the_layout_does_not_cut_are_refused_on_every_rank() -> None
 
 
 def test_what_is_not_supported_says_so() -> None:
-    x = torch.randn(1, 2, 3, 4, requires_grad=True)
-    with pytest.raises(Unsupported, match="no gradients yet"):
-        shardsum.attention(x, x, x)
-    with torch.no_grad():
-        shardsum.attention(x, x, x)
-    with pytest.raises(Unsupported, match="strategy must be auto, all_gather, all_reduce, ring: got 'tree'"):
+    with pytest.raises(
+        Unsupported, match="strategy must be auto, all_gather, all_reduce, pass_q, ring: got 'tree'"
+    ):
         as_strategy("tree")
-    y = x.detach()
+    y = torch.randn(1, 2, 3, 4)
+    for options, message in (
+        ({"bias": torch.zeros(1, 1, 3, 3), "strategy": "pass_q"}, "Use all_gather or ring"),
+        ({"bias": torch.zeros(1, 1, 3, 2)}, "a column for each of the 3 keys"),
+        ({"softcap": 0.0}, "softcap must be a positive number"),
+        ({"dropout_p": 1.0}, "less than 1"),
+        ({"sinks": torch.zeros(3)}, r"sinks must be \(q_heads,\)"),
+        ({"key_intervals": (torch.zeros(1, 2), torch.zeros(1, 2))}, "key_intervals must be"),
+        ({"key_range": ([0.5], [2.0])}, "key_range must be whole numbers"),
+        ({"window": (1.5, 0)}, "window must be"),
+        ({"window": (1 << 70, 0)}, "window must be"),
+        ({"comm": "gloo"}, "comm must be a Communicator"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            shardsum.attention(y, y, y, **options)
     for wrong, message in (
         ((y, y[:, :, :2], y), "same batch, heads and length"),
         ((y[:, :1].expand(1, 3, 3, 4), y, y), "kv_heads must divide q_heads"),
@@ -162,6 +159,32 @@ def test_what_is_not_supported_says_so() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             shardsum.attention(*wrong)
+
+
+@pytest.mark.parametrize("transport", ["threads", "mpi"])
+def test_one_ranks_wrong_type_reaches_all_instead_of_a_hang(transport: str) -> None:
+    messages = launch(wrong_types, ranks=2, transport=transport, deadline=20)
+    for own, other in zip(*messages, strict=True):
+        assert other.startswith("rank 0 could not take part: ")
+        assert own in other
+
+
+def wrong_types(comm: Communicator) -> list[str]:
+    x, said = torch.ones(1, 1, 2, 2), []
+    calls: list[Callable[[], object]] = [
+        lambda: shardsum.attention(None if comm.rank == 0 else x, x, x, comm=comm),  # type: ignore[arg-type]
+        lambda: shardsum.attention(x, x, x, comm=comm, window=("a", 0) if comm.rank == 0 else None),  # type: ignore[arg-type]
+        lambda: shardsum.attention(x, x, x, comm=comm, key_range=5 if comm.rank == 0 else None),  # type: ignore[arg-type]
+        lambda: shardsum.unshard(x[0, 0, 0, 0] if comm.rank == 0 else x, comm=comm),
+        lambda: shardsum.weighted_sum(None if comm.rank == 0 else x, x, comm=comm),  # type: ignore[arg-type]
+    ]
+    for call in calls:
+        with pytest.raises(Exception, match=r".") as caught:
+            call()
+        assert not isinstance(caught.value, RankLost)
+        said.append(str(caught.value))
+    shardsum.attention(x, x, x, comm=comm)
+    return said
 
 
 def test_ranks_that_differ_in_what_they_call() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,15 +13,17 @@ import torch
 from shardsum import AttentionState, collectives, launch, state
 from shardsum.comm import Communicator
 from shardsum.comm.threads import ThreadCommunicator
-from shardsum.kernels import aten
+from shardsum.kernels import Gradients, OutputGradient, aten
 from shardsum.masks import Mask
 from shardsum.strategies import all_gather, all_reduce, ring
 from shardsum.strategies.base import Call
 
 from .cases import Case, run_case
+from .random_problems import check, plain
 
 pytestmark = pytest.mark.filterwarnings("ignore::shardsum.NonFiniteWarning")
 
+attention = importlib.import_module("shardsum.attention")  # the package has a function of that name
 operator = aten._operator
 merge = state.merge
 
@@ -73,8 +77,8 @@ def causal_is_aligned_top_left(patch: pytest.MonkeyPatch) -> None:
 def the_ring_drops_its_last_hop(patch: pytest.MonkeyPatch) -> None:
     partial = Call.partial
 
-    def dropped(self: Call, q: Any, k: Any, v: Any, *, rows_of: int, keys_of: int) -> AttentionState:
-        result = partial(self, q, k, v, rows_of=rows_of, keys_of=keys_of)
+    def dropped(self: Call, q: Any, k: Any, v: Any, *, rows_of: int, keys_of: int, keys: slice) -> AttentionState:
+        result = partial(self, q, k, v, rows_of=rows_of, keys_of=keys_of, keys=keys)
         last = keys_of == (rows_of + 1) % self.comm.size
         return AttentionState.empty(*result.out.shape, dtype=result.out.dtype) if last else result
 
@@ -110,16 +114,16 @@ def the_states_go_to_the_wrong_rows(patch: pytest.MonkeyPatch) -> None:
 
 
 def keys_of_an_uneven_shard_are_cut_to_the_shortest(patch: pytest.MonkeyPatch) -> None:
-    gather = Communicator.all_gather
+    exchange = Communicator.all_to_all
 
-    def even(self: Communicator, part: Any, shapes: Any = None) -> list[torch.Tensor]:
-        parts = gather(self, part, shapes)
-        if part.ndim == 4:
+    def even(self: Communicator, sent: Any, shapes: Any) -> list[torch.Tensor]:
+        parts = exchange(self, sent, shapes)
+        if sent[0].ndim == 4:
             shortest = min(p.shape[2] for p in parts)
             parts = [torch.cat([p[:, :, :shortest], 0 * p[:, :, shortest:]], dim=2) for p in parts]
         return parts
 
-    patch.setattr(Communicator, "all_gather", even)
+    patch.setattr(Communicator, "all_to_all", even)
 
 
 BUGS: dict[Callable[[pytest.MonkeyPatch], None], tuple[Case, str]] = {
@@ -150,3 +154,84 @@ def test_the_suite_sees(bug: Callable[[pytest.MonkeyPatch], None], monkeypatch: 
     bug(monkeypatch)
     with pytest.raises((AssertionError, ValueError, RuntimeError)):
         launch(run, ranks=3, transport="threads", deadline=2)
+
+
+def backward_takes_lse_as_zero(patch: pytest.MonkeyPatch) -> None:
+    backward = Call.partial_backward
+
+    def zero(self: Call, q: Any, k: Any, v: Any, gradient: OutputGradient, **where: Any) -> Gradients:
+        return backward(self, q, k, v, replace(gradient, lse=gradient.lse * 0), **where)
+
+    patch.setattr(Call, "partial_backward", zero)
+
+
+def _changed(change: Callable[[Gradients], Gradients]) -> Callable[[pytest.MonkeyPatch], None]:
+    def bug(patch: pytest.MonkeyPatch) -> None:
+        backward = Call.partial_backward
+        patch.setattr(Call, "partial_backward", lambda *args, **where: change(backward(*args, **where)))
+
+    return bug
+
+
+dk_is_dk_plus_dv = _changed(lambda g: Gradients(g.q, g.k + g.v, g.v))
+dk_and_dv_are_swapped = _changed(lambda g: Gradients(g.q, g.v, g.k))
+dk_and_dv_are_rounded_to_bfloat16 = _changed(
+    lambda g: Gradients(g.q, g.k.bfloat16().float(), g.v.bfloat16().float())
+)
+
+
+def the_ring_uses_stale_keys(patch: pytest.MonkeyPatch) -> None:
+    backward = Call.partial_backward
+
+    def stale(self: Call, q: Any, k: Any, v: Any, gradient: Any, **where: Any) -> Gradients:
+        same = self.k.shape == k.shape
+        return backward(self, q, self.k if same else k, self.v if same else v, gradient, **where)
+
+    patch.setattr(Call, "partial_backward", stale)
+
+
+def the_ring_drops_a_hop_of_gradients(patch: pytest.MonkeyPatch) -> None:
+    def dropping(*args: Any) -> Any:
+        *first, _, result_shapes = args
+        return circulate(*first, lambda owner, arrived, found: arrived, result_shapes)
+
+    circulate = collectives.circulate
+    patch.setattr(ring, "circulate", lambda *args: dropping(*args) if len(args) == 7 else circulate(*args))
+
+
+def gradients_go_to_the_wrong_rows(patch: pytest.MonkeyPatch) -> None:
+    scatter = collectives.sum_scatter
+    patch.setattr(all_reduce, "sum_scatter", lambda comm, parts: scatter(comm, parts[::-1]))
+
+
+def delta_forgets_the_gradient_of_lse(patch: pytest.MonkeyPatch) -> None:
+    backward = attention._Attend.backward
+    patch.setattr(
+        attention._Attend, "backward", staticmethod(lambda ctx, d_out, d_lse: backward(ctx, d_out, d_lse * 0))
+    )
+
+
+BACKWARD_BUGS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
+    "backward takes lse as zero": (backward_takes_lse_as_zero, "all_gather"),
+    "dk is dk + dv": (dk_is_dk_plus_dv, "ring"),
+    "dk and dv are swapped": (dk_and_dv_are_swapped, "all_reduce"),
+    "dk and dv are rounded to bfloat16": (dk_and_dv_are_rounded_to_bfloat16, "pass_q"),
+    "the ring uses stale keys": (the_ring_uses_stale_keys, "ring"),
+    "the ring drops a hop of gradients": (the_ring_drops_a_hop_of_gradients, "ring"),
+    "gradients go to the wrong rows": (gradients_go_to_the_wrong_rows, "all_reduce"),
+    "delta forgets the gradient of lse": (delta_forgets_the_gradient_of_lse, "all_gather"),
+}
+
+
+@pytest.mark.parametrize("name", BACKWARD_BUGS)
+def test_the_suite_sees_in_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug, strategy = BACKWARD_BUGS[name]
+    problem = plain(strategy)
+
+    def run(comm: Communicator) -> None:
+        check(comm, problem)
+
+    launch(run, ranks=3, transport="threads", deadline=20)  # right without the bug
+    bug(monkeypatch)
+    with pytest.raises(AssertionError, match="is off by"):
+        launch(run, ranks=3, transport="threads", deadline=20)

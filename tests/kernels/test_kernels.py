@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardsum.errors import Unsupported
-from shardsum.kernels import KERNELS, AtenKernel, as_kernel
+from shardsum.kernels import KERNELS, AtenKernel, OutputGradient, as_kernel
+from shardsum.scores import Scores
 from shardsum.state import AttentionState
 
 from .. import dense
@@ -32,7 +33,7 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 def check(
     name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor
 ) -> None:
-    state = as_kernel(name).forward(q, k, v, lo, hi, scale=0.7)
+    state = as_kernel(name).forward(q, k, v, lo, hi, Scores(0.7))
     j = torch.arange(k.shape[2])
     seen = ((lo.unsqueeze(-1) <= j) & (j < hi.unsqueeze(-1))).expand(q.shape[0], -1, -1)
     out, lse = dense.attention(q.cpu(), k.cpu(), v.cpu(), seen, 0.7)
@@ -73,7 +74,7 @@ def test_scores_of_80(name: str, size: float) -> None:
     k[..., 0] = size  # 0.7 * q_0 * size: the largest scores are about this size
     lo, hi = torch.zeros(1, 9).long(), torch.arange(3, 12).unsqueeze(0)
     check(name, q, k, v, lo, hi)
-    state = as_kernel(name).forward(q.float(), k.float(), v.float(), lo, hi, scale=0.7)
+    state = as_kernel(name).forward(q.float(), k.float(), v.float(), lo, hi, Scores(0.7))
     seen = torch.arange(11) < hi.unsqueeze(-1)
     out, lse = dense.attention(q.float(), k.float(), v.float(), seen, 0.7)
     assert_close(state.out, out, 2e-5, "out")
@@ -99,10 +100,10 @@ def test_a_bad_key_or_value_reaches_only_the_rows_that_see_it(name: str, bad: fl
 def test_a_row_that_sees_nothing_gives_zero_and_minus_infinity(name: str) -> None:
     q, k, v = normal(0, 1, 1, 3, 4).float(), normal(1, 1, 1, 300, 4).float(), normal(2, 1, 1, 300, 4).float()
     lo, hi = torch.tensor([[0, 5, 7]]), torch.tensor([[300, 5, 290]])
-    state = as_kernel(name).forward(q, k, v, lo, hi, scale=1.0)
+    state = as_kernel(name).forward(q, k, v, lo, hi, Scores(1.0))
     assert state.lse[0, 0, 1] == -math.inf
     assert torch.equal(state.out[0, 0, 1], torch.zeros(4))
-    empty = as_kernel(name).forward(q, k[:, :, :0], v[:, :, :0], lo * 0, hi * 0, scale=1.0)
+    empty = as_kernel(name).forward(q, k[:, :, :0], v[:, :, :0], lo * 0, hi * 0, Scores(1.0))
     assert torch.equal(empty.lse, AttentionState.empty(1, 1, 3, 4).lse)
 
 
@@ -127,10 +128,58 @@ def test_decode_calls_the_operator_once_with_the_group_folded(monkeypatch: pytes
 
     monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", recorded)
     q, k = torch.randn(2, 6, 1, 8), torch.randn(2, 2, 50, 8)
-    AtenKernel().forward(q, k, k, torch.zeros(1, 1).long(), torch.full((1, 1), 50), scale=1.0)
+    AtenKernel().forward(q, k, k, torch.zeros(1, 1).long(), torch.full((1, 1), 50), Scores(1.0))
     assert calls == [(2, 2, 3, 8)]
 
 
 def test_an_unknown_kernel_is_refused() -> None:
-    with pytest.raises(Unsupported, match="kernel must be auto, aten, reference: got 'flash'"):
+    with pytest.raises(Unsupported, match="kernel must be auto, aten, eager, reference: got 'flash'"):
         as_kernel("flash")
+
+
+@pytest.mark.parametrize("name", sorted(KERNELS))
+@pytest.mark.parametrize("scale", [0.0, -0.7, 1e-50])
+def test_a_causal_mask_under_any_scale(name: str, scale: float) -> None:
+    q, k, v = (torch.randn(1, 2, 70, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    lo, hi = torch.zeros(1, 70).long(), torch.arange(1, 71).unsqueeze(0)
+    out, lse = dense.attention(q, k, v, dense.visible(70, 70, causal=True), scale)
+    state = as_kernel(name).forward(q, k, v, lo, hi, Scores(scale))
+    assert_close(state.out, out, STATE[torch.float32], f"out with scale {scale}")
+    assert_close(state.lse, lse, STATE[torch.float32], f"lse with scale {scale}")
+
+
+@pytest.mark.parametrize("name", ["aten", "eager"])  # in float64 nothing overflows
+@pytest.mark.parametrize("kind", ["full", "causal", "masked"])
+def test_scores_of_minus_infinity_weigh_nothing(name: str, kind: str) -> None:
+    """Finite inputs suffice: 1e20 * -1e20 overflows. Such keys among others, and alone."""
+    q, k = torch.full((1, 1, 70, 4), 1e20), torch.zeros(1, 1, 70, 4)
+    k[:, :, 1:] = -1e20
+    lo, hi = torch.zeros(1, 70).long(), torch.full((1, 70), 70)
+    hi = hi if kind == "full" else torch.arange(1, 71).unsqueeze(0)
+    lo = (hi - 5).clamp(min=0) if kind == "masked" else lo
+    v = torch.arange(1.0, 71.0).view(1, 1, 70, 1).expand(1, 1, 70, 4).contiguous()
+    state = as_kernel(name).forward(q, k, v, lo, hi, Scores(0.5))
+    sees = (lo[0] == 0).view(1, 1, 70)  # the one key whose score is 0
+    assert torch.equal(state.lse, torch.where(sees, 0.0, -torch.inf))
+    assert torch.equal(state.out, torch.where(sees, 1.0, 0.0).unsqueeze(-1).expand_as(state.out))
+
+
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_nan_in_keys_values_and_rows_reaches_only_gradients_that_see_it(name: str) -> None:
+    q, k, v, d_out = (torch.randn(1, 2, 20, 4, generator=torch.Generator().manual_seed(i)) for i in range(4))
+    lo, hi = torch.zeros(1, 20).long(), torch.arange(1, 21).unsqueeze(0)
+    scores, kernel = Scores(0.5), as_kernel(name)
+    clean = kernel.forward(q, k, v, lo, hi, scores)
+    k[:, :, 15], v[:, :, 15] = torch.nan, torch.inf  # rows 15 and later see it
+    state = kernel.forward(q, k, v, lo, hi, scores)
+    assert torch.equal(state.out[:, :, :15], clean.out[:, :, :15]) or name == "aten"
+    gradient = OutputGradient(d_out, state.lse, (d_out * state.out).sum(dim=-1))
+    found = kernel.backward(q, k, v, lo, hi, scores, gradient)
+    assert bool(found.q[:, :, :15].isfinite().all())
+    assert bool(found.q[:, :, 15:].isnan().any(dim=-1).all())
+    assert bool(found.k[:, :, 15].isnan().any())
+    few = OutputGradient(*(x[:, :, :15] for x in (d_out, state.lse, gradient.delta)))
+    alone = kernel.backward(q[:, :, :15], k, v, lo[:, :15], hi[:, :15], scores, few)
+    assert bool(alone.k.isfinite().all())
+    assert bool((alone.k[:, :, 15:] == 0).all())
+    assert bool((alone.v[:, :, 15:] == 0).all())

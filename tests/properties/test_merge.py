@@ -92,3 +92,8 @@ def test_a_state_of_narrow_floats_or_wrong_shape_is_refused() -> None:
         AttentionState(torch.zeros(2, 3), torch.zeros(3))
     with pytest.raises(ValueError, match="same query rows"):
         merge(AttentionState.empty(2, 3), AttentionState.empty(1, 3))
+
+
+def test_large_float64_sums_are_finite() -> None:
+    """Their sum is not: 40 * 4e306."""
+    assert AttentionState(torch.full((40, 4), 4e306, dtype=torch.float64), torch.zeros(40).double()).is_finite()

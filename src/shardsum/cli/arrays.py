@@ -25,7 +25,7 @@ def open_array(name: str) -> Tensor:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} must be a {' or '.join(SUFFIXES)} file.")
     if not path.is_file():
-        raise ValueError(f"no such file: {path}")
+        raise ValueError(f"{path} is a folder, not a file." if path.is_dir() else f"no such file: {path}")
     try:
         array = _open_npy(path) if path.suffix == ".npy" else _open_safetensors(path, key)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
@@ -64,6 +64,8 @@ def check_output(name: str, dtype: torch.dtype | None = None) -> None:
     path = Path(name)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"the output must be a {' or '.join(SUFFIXES)} file: got {path}.")
+    if path.is_dir():
+        raise ValueError(f"the output {path} is a folder.")
     if not path.parent.is_dir():
         raise ValueError(f"no such folder: {path.parent}")
     if not os.access(path.parent, os.W_OK):

@@ -10,11 +10,12 @@ import click
 import torch
 from rich.console import Console
 
-from ..attention import attention, unshard, weighted_sum
+from ..attention import attention
 from ..comm import Communicator, agree
 from ..kernels import KERNELS
 from ..layouts import NAMES, Layout
 from ..problem import Problem
+from ..sharding import check_weighted, unshard, weighted_sum
 from ..strategies import STRATEGIES
 from .arrays import check_output, open_array, part, save
 from .common import on_ranks, pair, print_json, rank_options
@@ -124,11 +125,7 @@ def sum_on_rank(comm: Communicator, options: dict[str, Any], output: str) -> dic
 
     def read() -> tuple[torch.Tensor, torch.Tensor]:
         weights, values = open_array(options["weights"]), open_array(options["v"])
-        if weights.ndim < 1 or values.ndim < 2 or weights.shape[-1] != values.shape[-2]:
-            raise ValueError(
-                "weights (..., keys) and values (..., keys, v_dim) must have the same number of keys: "
-                f"got {tuple(weights.shape)} and {tuple(values.shape)}."
-            )
+        check_weighted(weights, values)
         check_output(output, values.dtype)
         return weights, values
 
@@ -152,9 +149,13 @@ def _on_every_rank(comm: Communicator, read: Callable[[], tuple[torch.Tensor, ..
 
 
 def _finish(comm: Communicator, output: str, out: torch.Tensor, keys: int, started: float) -> dict[str, Any]:
+    error = None
     if comm.rank == 0:
-        save(output, out)
-    comm.barrier()
+        try:
+            save(output, out)
+        except OSError as failure:
+            error = failure
+    agree(comm, {"call": "save"}, error=error)
     return {
         "output": output,
         "shape": list(out.shape),

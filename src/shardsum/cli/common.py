@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..comm import Communicator, connect, launch
+
+MOST_RANKS = 256  # on one machine
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Result = TypeVar("Result")
@@ -33,7 +36,7 @@ def rank_options(default_ranks: int) -> Callable[[Command], Command]:
         return click.option(
             "-n",
             "--ranks",
-            type=click.IntRange(min=1),
+            type=click.IntRange(1, MOST_RANKS),
             help=f"Number of ranks on this machine; {default_ranks} unless a launcher has started them already.",
         )(command)
 
@@ -100,7 +103,10 @@ def progress(visible: bool = True) -> Progress:
 def numbers(text: str, what: str) -> list[float]:
     """The numbers of "1,2.5,3". Raises: click.UsageError naming the option."""
     try:
-        return [float(number) for number in text.split(",")]
+        found = [float(number) for number in text.split(",")]
+        if all(map(math.isfinite, found)):
+            return found
+        raise click.UsageError(f"{what} must be finite numbers: got {text!r}.")
     except ValueError:
         raise click.UsageError(f"{what} must be numbers separated by commas: got {text!r}.") from None
 

@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from ..attention import weighted_sum
 from ..comm import Communicator, connect
 from ..layouts import Layout
+from ..sharding import weighted_sum
 from .common import console, launchers_rank, numbers, on_ranks, print_json, rank_options
 
 WORDS = "The cat sat on the mat"
@@ -46,7 +46,7 @@ def explain(
     """
     comm = launchers_rank()
     if plain is not None:
-        if weights or values or words:
+        if any(given is not None for given in (weights, values, words)):
             raise click.UsageError("--numbers is a plain sum: leave --weights, --values and --words out.")
         nodes = [numbers(node, "--numbers") for node in plain.split("/")]
         if ranks not in (None, len(nodes)):
@@ -70,10 +70,10 @@ def explain(
 
 
 def _words(weights: str | None, values: str | None, words: str | None) -> tuple[list[str], Tensor, Tensor]:
-    factors = torch.tensor(numbers(weights or WEIGHTS, "--weights"), dtype=torch.float64)
+    factors = torch.tensor(numbers(WEIGHTS if weights is None else weights, "--weights"), dtype=torch.float64)
     if values is None and len(factors) != len(WORDS.split()):
         raise click.UsageError(f"--weights needs --values too, one for each of its {len(factors)} weights.")
-    values = values or VALUES
+    values = VALUES if values is None else values
     rows = values.split("/") if "/" in values else values.split(",")
     vectors = [numbers(row, "--values") for row in rows]
     if len({len(vector) for vector in vectors}) > 1:
@@ -132,11 +132,14 @@ def _show(result: dict[str, Any], plain: bool) -> None:
     out.print("\n[bold]2. Each rank adds up its own share[/bold], all at the same time: the partial sums.\n")
     for rank, partial in enumerate(result["partial_sums"]):
         out.print(f"rank {rank}   {_vector(partial)}{'' if shares[rank] else '   (it holds nothing)'}")
-    out.print(
-        f"\n[bold]3. A collective operation adds the partial sums up[/bold]: every rank sends its own to the "
-        f"others ({result['sent_bytes_per_rank']} bytes over {result['transport']}, a header with what they "
-        "agreed on included) and adds all of them, in rank order.\n"
-    )
+    out.print("\n[bold]3. A collective operation adds the partial sums up[/bold]", end="")
+    if result["ranks"] == 1:
+        out.print(": with one rank there is nothing to send.\n")
+    else:
+        out.print(
+            f": every rank sends its own to the others ({result['sent_bytes_per_rank']} bytes over "
+            f"{result['transport']}, their agreement included) and adds all of them, in rank order.\n"
+        )
     terms = " + ".join(_vector(partial) for partial in result["partial_sums"])
     same = "the same bits on every rank" if result["same_bits_on_every_rank"] else "not the same on every rank!"
     out.print(f"{terms} = [bold]{_vector(result['result'])}[/bold]   ({same})")

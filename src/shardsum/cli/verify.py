@@ -11,11 +11,12 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from ..attention import attention, shard
+from ..attention import attention
 from ..comm import Communicator, connect
 from ..comm.connect import mpi_installed
 from ..kernels import KERNELS
 from ..layouts import Layout
+from ..sharding import shard
 from ..strategies import STRATEGIES
 from .common import console, launchers_rank, on_ranks, print_json, progress, rank_options
 

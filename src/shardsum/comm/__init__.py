@@ -1,8 +1,8 @@
 """Between ranks: communicators over threads, torch.distributed and MPI, and how to get one."""
 
-from .agreement import agree
+from .agreement import agree, agree_on
 from .base import Communicator, Traffic
-from .connect import connect
+from .connect import as_communicator, connect
 from .launch import launch
 
-__all__ = ["Communicator", "Traffic", "agree", "connect", "launch"]
+__all__ = ["Communicator", "Traffic", "agree", "agree_on", "as_communicator", "connect", "launch"]

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import Mismatch
 from .base import Communicator
@@ -27,7 +28,7 @@ def agree(
     call: Mapping[str, Any],
     q_len: int = 0,
     kv_len: int = 0,
-    error: ValueError | None = None,
+    error: Exception | None = None,
 ) -> list[tuple[int, int]]:
     """Every rank's (q_len, kv_len), once all ranks were found to make the same `call`.
 
@@ -36,7 +37,14 @@ def agree(
     Traffic: 64 bytes to each other rank; a second all-gather, of the descriptions, only on a mismatch.
     Raises: Mismatch on every rank, naming the argument, its values and the ranks; `error` where it was given.
     """
-    text = json.dumps(call, sort_keys=True) if error is None else f"{type(error).__name__}: {error}"
+    text = ""
+    if error is None:
+        try:
+            text = json.dumps(call, sort_keys=True)
+        except TypeError as mistake:
+            error = mistake
+    if error is not None:
+        text = f"{type(error).__name__}: {error}"
     description = text.encode()
     digest = hashlib.blake2b(description, digest_size=16).digest()
     description = description[:_MAX_DESCRIPTION_BYTES]
@@ -88,3 +96,21 @@ def _differences(texts: Sequence[str]) -> str:
 
 def _listed(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks))
+
+
+def agree_on(
+    comm: Communicator, describe: Callable[[], dict[str, Any]], q: Tensor, k: Tensor, dim: int = 2
+) -> list[tuple[int, int]]:
+    """Every rank's lengths of q and k along `dim`, once all ranks gave the same description.
+
+    An exception of `describe`, the caller's mistake on this rank, reaches every rank instead of a hang.
+    """
+    description: dict[str, Any] = {}
+    error: Exception | None = None
+    lengths = (0, 0)
+    try:
+        description = describe()
+        lengths = (q.shape[dim], k.shape[dim])
+    except Exception as mistake:  # noqa: BLE001 (raised again here, once the others know)
+        error = mistake
+    return agree(comm, description, *lengths, error)

@@ -53,6 +53,7 @@ class Communicator(ABC):
     def __init__(self, rank: int, size: int, deadline_seconds: float) -> None:
         self.rank, self.size, self.deadline_seconds = rank, size, deadline_seconds
         self.traffic = Traffic()
+        self.closed = False
 
     def all_gather(self, part: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
         """Every rank's `part`, in rank order; `shapes` gives each rank's shape where they differ."""
@@ -97,7 +98,7 @@ class Communicator(ABC):
 
     def close(self) -> None:
         """Give back what this communicator holds; nothing may be called afterwards."""
-        return
+        self.closed = True
 
     def __enter__(self) -> Communicator:
         return self

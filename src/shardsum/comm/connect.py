@@ -6,13 +6,15 @@ import importlib.util
 import os
 from contextvars import ContextVar
 from datetime import timedelta
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from .base import DEFAULT_DEADLINE_SECONDS, Communicator
 from .mpi import MpiCommunicator
 from .threads import SingleCommunicator
-from .torch_distributed import connect_gloo, connect_nccl
+from .torch_distributed import TorchCommunicator, connect_gloo, connect_nccl
 
 TRANSPORTS = ("gloo", "nccl", "mpi", "threads", "single")
 
@@ -22,6 +24,7 @@ rank_of_thread: ContextVar[Communicator | None] = ContextVar("rank_of_thread", d
 _rank_of_process: Communicator | None = None
 MAIN = "__shardsum_main__"  # what the main script is called in such a process
 _connected: dict[str, Communicator] = {}
+_of_groups: WeakKeyDictionary[Any, TorchCommunicator] = WeakKeyDictionary()
 
 # What the launchers of Open MPI, of MPICH and others, and of Slurm set in each of their processes.
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
@@ -48,7 +51,7 @@ def connect(transport: str | None = None, deadline: float = DEFAULT_DEADLINE_SEC
     name = _found() if transport is None else transport
     if name == "threads":
         raise ValueError("ranks that are threads exist inside shardsum.launch(..., transport='threads') only.")
-    if name not in _connected:
+    if name not in _connected or _connected[name].closed:
         _connected[name] = _connect(name, deadline)
     return _connected[name]
 
@@ -57,6 +60,30 @@ def set_rank_of_process(comm: Communicator) -> None:
     """What `connect` returns from now on in every thread of this process that is no rank itself."""
     global _rank_of_process
     _rank_of_process = comm
+
+
+def as_communicator(comm: object) -> Communicator:
+    """The communicator itself; one over a torch ProcessGroup or one-dimensional DeviceMesh; `connect()` for None.
+
+    Raises: ValueError for anything else.
+    """
+    if comm is None:
+        return connect()
+    if isinstance(comm, Communicator):
+        return comm
+    from torch.distributed import ProcessGroup, get_backend
+    from torch.distributed.device_mesh import DeviceMesh
+
+    group = comm
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"comm must be one dimension of a DeviceMesh, as mesh['name']: got {group.ndim}.")
+        group = group.get_group()
+    if not isinstance(group, ProcessGroup):
+        raise ValueError(f"comm must be a Communicator, ProcessGroup or DeviceMesh: got {type(comm).__name__}.")
+    if group not in _of_groups:
+        _of_groups[group] = TorchCommunicator(group, group.rank(), group.size(), get_backend(group))
+    return _of_groups[group]
 
 
 def mpi_installed() -> bool:

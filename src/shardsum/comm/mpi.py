@@ -32,6 +32,7 @@ class MpiCommunicator(Communicator):
         super().__init__(self._mpi.Get_rank(), self._mpi.Get_size(), deadline_seconds)
 
     def close(self) -> None:
+        super().close()
         self._mpi.Free()
 
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from ..errors import RankLost
 from .base import DEFAULT_DEADLINE_SECONDS, Communicator
+
+_groups = itertools.count()  # every rank makes the same ones, in the same order
 
 
 class TorchCommunicator(Communicator):
@@ -33,6 +36,7 @@ class TorchCommunicator(Communicator):
         self._device = torch.device("cuda", torch.cuda.current_device()) if transport == "nccl" else None
 
     def close(self) -> None:
+        super().close()
         self._group = None  # with the last reference its threads end; once Python stops they abort the process
 
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
@@ -108,7 +112,7 @@ def connect_gloo(
     options._timeout = timeout
     create = ProcessGroupGloo.create_device
     options._devices = [create(interface="lo") if loopback else ProcessGroupGloo.create_default_device()]
-    group = ProcessGroupGloo(PrefixStore("shardsum", store), rank, size, options)
+    group = ProcessGroupGloo(PrefixStore(f"shardsum {next(_groups)}", store), rank, size, options)
     return TorchCommunicator(group, rank, size, "gloo", deadline_seconds)
 
 
@@ -118,5 +122,5 @@ def connect_nccl(store: Any, rank: int, size: int, deadline_seconds: float) -> T
 
     options = ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=deadline_seconds)
-    group = ProcessGroupNCCL(PrefixStore("shardsum", store), rank, size, options)
+    group = ProcessGroupNCCL(PrefixStore(f"shardsum {next(_groups)}", store), rank, size, options)
     return TorchCommunicator(group, rank, size, "nccl", deadline_seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import logging
 import os
 import shutil
@@ -157,7 +158,8 @@ def _converted(gguf: Path, dtype: torch.dtype) -> Path:
             return target
         scratch = root / f".{target.name}-{uuid.uuid4().hex}"
         try:
-            with _one_line(gguf):
+            # Transformers' bar for this one can't be switched off; it writes to whatever stderr is.
+            with _one_line(gguf), contextlib.redirect_stderr(io.StringIO()):
                 model, tokenizer = _from_folder(gguf.parent, dtype, gguf_file=gguf.name)
                 _forget_quantization(model)
                 model.save_pretrained(scratch)

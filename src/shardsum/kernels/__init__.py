@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from ..errors import Unsupported
 from .aten import AtenKernel
-from .base import Kernel
-from .reference import ReferenceKernel
+from .base import Gradients, Kernel, OutputGradient
+from .reference import EagerKernel, ReferenceKernel
 
-KERNELS: dict[str, type[Kernel]] = {"aten": AtenKernel, "reference": ReferenceKernel}
+KERNELS: dict[str, type[Kernel]] = {"aten": AtenKernel, "eager": EagerKernel, "reference": ReferenceKernel}
 
-__all__ = ["KERNELS", "AtenKernel", "Kernel", "ReferenceKernel", "as_kernel"]
+__all__ = ["KERNELS", "AtenKernel", "Gradients", "Kernel", "OutputGradient", "ReferenceKernel", "as_kernel"]
 
 
 def as_kernel(kernel: str | Kernel) -> Kernel:

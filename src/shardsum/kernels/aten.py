@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import Unsupported
 from ..problem import state_dtype
+from ..scores import Scores
 from ..state import AttentionState, merge
-from .base import Kernel
+from .base import Bounds, Gradients, Kernel, Keys, OutputGradient, Queries, Values
 from .pieces import Piece, pieces
-from .reference import ReferenceKernel
+from .reference import EagerKernel, ReferenceKernel
 
 # Half-precision keys and values are converted this many elements at a time, so that the float32 copies stay in
 # cache: 2^19 (2 MB each) is within 3 % of the best of 2^18 .. 2^20, and 2^21 and above are 1.6 to 2.4 times
@@ -22,6 +22,8 @@ from .reference import ReferenceKernel
 CONVERTED_ELEMENTS = 1 << 19
 # With this many query rows arithmetic hides the conversion, and larger chunks save merges.
 MANY_ROWS = 128
+# Far above what float32 can't represent, far below any scale in use.
+SMALLEST_SCALE = 1e-30
 
 
 class AtenKernel(Kernel):
@@ -34,61 +36,119 @@ class AtenKernel(Kernel):
 
     name = "aten"
 
-    def forward(
-        self,
-        q: Float[Tensor, "batch q_heads q_len head_dim"],
-        k: Float[Tensor, "batch kv_heads kv_len head_dim"],
-        v: Float[Tensor, "batch kv_heads kv_len v_dim"],
-        lo: Int[Tensor, "batch_or_1 q_len"],
-        hi: Int[Tensor, "batch_or_1 q_len"],
-        *,
-        scale: float,
-    ) -> AttentionState:
-        state = _forward(q, k, v, lo, hi, scale)
+    def forward(self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores) -> AttentionState:
+        if not _for_operator(scores):
+            return EagerKernel().forward(q, k, v, lo, hi, scores)
+        state = _forward(q, k, v, lo, hi, scores.scale)
         if state.is_finite():
             return state
         # Inside the operators a masked key still meets a weight of zero, and 0 * NaN is NaN. So keys that are
         # not finite are taken out, which leaves the others' intervals intervals, and go to the definition.
-        good = (k.isfinite().all(dim=3) & v.isfinite().all(dim=3)).flatten(0, 1).all(dim=0)
-        if bool(good.all()):
+        kept, removed = _finite_keys(k, v)
+        if len(removed) == 0:
             return state
-        kept, removed = good.nonzero().flatten().cpu(), (~good).nonzero().flatten().cpu()
         return merge(
-            _forward(q, k[:, :, kept], v[:, :, kept], *_renumber(lo, hi, kept), scale),
-            ReferenceKernel().forward(
-                q, k[:, :, removed], v[:, :, removed], *_renumber(lo, hi, removed), scale=scale
-            ),
+            _forward(q, k[:, :, kept], v[:, :, kept], *_renumber(lo, hi, kept), scores.scale),
+            ReferenceKernel().forward(q, k[:, :, removed], v[:, :, removed], *_renumber(lo, hi, removed), scores),
         )
+
+    def backward(
+        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
+    ) -> Gradients:
+        out = _as_operator_takes(gradient)
+        if not _for_operator(scores) or out is None or q.device.type != "cpu":
+            return EagerKernel().backward(q, k, v, lo, hi, scores, gradient)
+        d_q, d_k, d_v = (torch.zeros_like(x, dtype=state_dtype(q.dtype)) for x in (q, k, v))
+        # A row that sees no key has lse -inf; with +inf all its weights are 0.
+        lse = gradient.lse.masked_fill(gradient.lse == -torch.inf, torch.inf)
+        _backward(q, k, v, lo, hi, scores.scale, (gradient.out, out, lse), (d_q, d_k, d_v))
+        if all(bool(x.sum(dtype=torch.float64).isfinite()) for x in (d_q, d_k, d_v)):
+            return Gradients(d_q, d_k, d_v)
+        return EagerKernel().backward(q, k, v, lo, hi, scores, gradient)
+
+
+def _for_operator(scores: Scores) -> bool:
+    """Whether the operators compute these scores. They mask by -inf before they scale: 0 * -inf is NaN."""
+    return scores.plain and scores.scale >= SMALLEST_SCALE
+
+
+def _finite_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys that are finite in all heads and sequences, value included, and the others."""
+    good = (k.isfinite().all(dim=3) & v.isfinite().all(dim=3)).flatten(0, 1).all(dim=0)
+    return good.nonzero().flatten().cpu(), (~good).nonzero().flatten().cpu()
 
 
 def _renumber(lo: Tensor, hi: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     return torch.searchsorted(kept, lo.contiguous()), torch.searchsorted(kept, hi.contiguous())
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float) -> AttentionState:
-    """The state piece by piece; sequences of the batch whose masks differ are taken one at a time."""
+def _sequences(lo: Tensor, hi: Tensor) -> list[slice]:
+    """The batch in parts of equal masks: all of it, or one sequence at a time."""
     if lo.shape[0] > 1 and not bool((lo == lo[:1]).all() and (hi == hi[:1]).all()):
-        states = [
-            _forward(q[b : b + 1], k[b : b + 1], v[b : b + 1], lo[b : b + 1], hi[b : b + 1], scale)
-            for b in range(lo.shape[0])
-        ]
-        return AttentionState(torch.cat([s.out for s in states]), torch.cat([s.lse for s in states]))
+        return [slice(b, b + 1) for b in range(lo.shape[0])]
+    return [slice(None)]
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float) -> AttentionState:
+    """The state piece by piece."""
     dtype = state_dtype(q.dtype)
-    total = AttentionState.empty(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
-    if total.out.numel() == 0 or q.shape[3] == 0:
-        return total
-    q, lo, hi = q.to(dtype), lo[0].cpu(), hi[0].cpu()
-    for piece in pieces(lo, hi):
-        for kind, row, row_end, key, key_end in _converted_at_once(piece, k):
-            rows, keys = slice(row, row_end), slice(key, key_end)
-            k_piece, v_piece = k[:, :, keys].to(dtype), v[:, :, keys].to(dtype)
-            state = _attend(kind, q[:, :, rows], k_piece, v_piece, lo[rows] - key, hi[rows] - key, scale)
-            if row_end - row == len(lo):
+    whole = AttentionState.empty(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
+    if whole.out.numel() == 0 or q.shape[3] == 0:
+        return whole
+    for b in _sequences(lo, hi):
+        total = AttentionState(whole.out[b], whole.lse[b])
+        for piece in _pieces(lo[b], hi[b], k[b]):
+            rows, part, bounds = _cut(piece, k[b], v[b], lo[b], hi[b], dtype)
+            state = _attend(piece.kind, q[b, :, rows].to(dtype), *part, *bounds, scale)
+            if rows == slice(0, q.shape[2]):
                 total = merge(total, state)
             else:
                 merged = merge(AttentionState(total.out[:, :, rows], total.lse[:, :, rows]), state)
                 total.out[:, :, rows], total.lse[:, :, rows] = merged.out, merged.lse
-    return total
+        if b == slice(None):
+            return total
+        whole.out[b], whole.lse[b] = total.out, total.lse
+    return whole
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    scale: float,
+    outputs: tuple[Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Add what each piece contributes to the gradients of q, k and v; outputs: (out_gradient, out, lse)."""
+    dtype = state_dtype(q.dtype)
+    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
+        return
+    for b in _sequences(lo, hi):
+        d_q, d_k, d_v = (gradient[b] for gradient in gradients)
+        for piece in _pieces(lo[b], hi[b], k[b]):
+            rows, part, bounds = _cut(piece, k[b], v[b], lo[b], hi[b], dtype)
+            keys = slice(piece.key, piece.key_end)
+            own = [x[b, :, rows].to(dtype) for x in (q, *outputs)]
+            found = _attend_backward(piece.kind, own[0], *part, *bounds, scale, *own[1:])
+            d_q[:, :, rows] += found[0]
+            d_k[:, :, keys] += found[1]
+            d_v[:, :, keys] += found[2]
+
+
+def _pieces(lo: Tensor, hi: Tensor, k: Tensor) -> Iterator[Piece]:
+    for piece in pieces(lo[0].cpu(), hi[0].cpu()):
+        yield from _converted_at_once(piece, k)
+
+
+def _cut(
+    piece: Piece, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, dtype: torch.dtype
+) -> tuple[slice, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A piece's rows, its keys and values converted, and its rows' bounds counted from its first key."""
+    rows, keys = slice(piece.row, piece.row_end), slice(piece.key, piece.key_end)
+    bounds = lo[0, rows].cpu() - piece.key, hi[0, rows].cpu() - piece.key
+    return rows, (k[:, :, keys].to(dtype), v[:, :, keys].to(dtype)), bounds
 
 
 def _converted_at_once(piece: Piece, k: Tensor) -> Iterator[Piece]:
@@ -103,22 +163,85 @@ def _converted_at_once(piece: Piece, k: Tensor) -> Iterator[Piece]:
 
 
 def _attend(kind: str, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float) -> AttentionState:
-    """One operator call: all rows see all keys ("full"), causal from the top left, or as lo and hi say."""
-    if kind == "full":
-        batch, q_heads, q_len, head_dim = q.shape
-        folded = q.reshape(batch, k.shape[1], q_heads // k.shape[1] * q_len, head_dim)
-        out, lse = _operator(folded, k, v, None, False, scale)
-        shape = (batch, q_heads, q_len)
-        return AttentionState(out.reshape(*shape, v.shape[3]), lse.reshape(shape))
-    if kind == "causal":
-        return AttentionState(*_operator(q, k, v, None, True, scale))
+    """One operator call: all rows see all keys ("full"), causal from the top left, or as lo and hi say.
+
+    For a row whose scores are all -inf, masked or not, the operator says lse = 0, as if one key had weight 1.
+    """
+    visible, bias = _mask(q, k, lo, hi) if kind == "masked" else (None, None)
+    folded = _folded(q, k) if kind == "full" else q
+    out, lse = _operator(folded, k, v, bias, kind == "causal", scale)
+    out, lse = out.reshape(*q.shape[:3], v.shape[3]), lse.reshape(q.shape[:3])
+    if visible is not None:
+        blind = (~visible.any(dim=1)).to(q.device)
+        out, lse = out.masked_fill(blind.unsqueeze(1), 0.0), lse.masked_fill(blind, -torch.inf)
+    doubtful = lse == 0
+    if bool(doubtful.any()) and bool((doubtful & (out == 0).all(dim=-1)).any()):
+        if kind != "masked":
+            lo, hi = (
+                torch.zeros_like(hi),
+                torch.arange(1, len(hi) + 1) if kind == "causal" else hi * 0 + k.shape[2],
+            )
+        lo, hi = (bound.clamp(0, k.shape[2]).unsqueeze(0) for bound in (lo, hi))
+        return EagerKernel().forward(q, k, v, lo, hi, Scores(scale))
+    return AttentionState(out, lse)
+
+
+def _attend_backward(
+    kind: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    scale: float,
+    d_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v of one operator call."""
+    folded = kind == "full"
+    bias = _mask(q, k, lo, hi)[1] if kind == "masked" else None
+    head_dim, v_dim = q.shape[3], v.shape[3]
+    lse = _folded(lse.unsqueeze(-1), k).squeeze(-1) if folded else lse
+    q_, d_out, out = (_folded(x, k) if folded else x for x in (q, d_out, out))
+    width = max(head_dim, v_dim)
+    tensors = (F.pad(x, (0, width - x.shape[3])) if x.shape[3] < width else x for x in (d_out, q_, k, v, out))
+    d_q, d_k, d_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(x if x.stride(3) == 1 else x.contiguous() for x in tensors),
+        lse.contiguous(),
+        0.0,
+        kind == "causal",
+        attn_mask=bias,
+        scale=scale,
+    )
+    return d_q[..., :head_dim].reshape(q.shape), d_k[..., :head_dim], d_v[..., :v_dim]
+
+
+def _as_operator_takes(gradient: OutputGradient) -> Tensor | None:
+    """An `out` from which the operator, which computes sum(out_gradient * out), gets our delta; None if none can.
+
+    The multiple of the gradient that has this product with it: where no gradient flows into lse, the final out
+    would do as well, but need not travel for it.
+    """
+    d_out = gradient.out.double()
+    square = d_out.square().sum(dim=-1)
+    if bool(((square == 0) & (gradient.delta != 0)).any()):
+        return None
+    factor = gradient.delta.double() / square.masked_fill(square == 0, 1.0)
+    return (d_out * factor.unsqueeze(-1)).to(gradient.out.dtype)
+
+
+def _folded(x: Tensor, k: Tensor) -> Tensor:
+    """The query heads of one KV head as more rows of it, so that its keys are read once."""
+    return x.reshape(x.shape[0], k.shape[1], x.shape[1] // k.shape[1] * x.shape[2], x.shape[3])
+
+
+def _mask(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    """Which row sees which key, and the same as an additive mask."""
     keys = torch.arange(k.shape[2])
     visible = (lo.unsqueeze(1) <= keys) & (keys < hi.unsqueeze(1))
     bias = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -torch.inf).to(q.device)
-    out, lse = _operator(q, k, v, bias, False, scale)
-    # For a row whose keys are all masked the operator says lse = 0: exp(0) would count as one key's weight.
-    blind = (~visible.any(dim=1)).to(q.device)
-    return AttentionState(out.masked_fill(blind.unsqueeze(1), 0.0), lse.masked_fill(blind, -torch.inf))
+    return visible, bias
 
 
 def _operator(

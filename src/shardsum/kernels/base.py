@@ -3,11 +3,41 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..scores import Scores
 from ..state import AttentionState
+
+Queries = Float[Tensor, "batch q_heads q_len head_dim"]
+Keys = Float[Tensor, "batch kv_heads kv_len head_dim"]
+Values = Float[Tensor, "batch kv_heads kv_len v_dim"]
+Bounds = Int[Tensor, "batch_or_1 q_len"]
+
+
+@dataclass(frozen=True, eq=False)
+class OutputGradient:
+    """What flows back into query rows, beside what a kernel needs to compute their weights again.
+
+    Shapes: out (batch, q_heads, q_len, v_dim), the gradient of the *final* output; lse and delta
+    (batch, q_heads, q_len): the final log-sum-exp, and sum(out_gradient * out) - lse_gradient.
+    """
+
+    out: Float[Tensor, "batch q_heads q_len v_dim"]
+    lse: Float[Tensor, "batch q_heads q_len"]
+    delta: Float[Tensor, "batch q_heads q_len"]
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """The gradients of q, k, v, float32 or wider, and of the bias if there is one."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
 
 
 class Kernel(ABC):
@@ -16,20 +46,22 @@ class Kernel(ABC):
     name: str
 
     @abstractmethod
-    def forward(
-        self,
-        q: Float[Tensor, "batch q_heads q_len head_dim"],
-        k: Float[Tensor, "batch kv_heads kv_len head_dim"],
-        v: Float[Tensor, "batch kv_heads kv_len v_dim"],
-        lo: Int[Tensor, "batch_or_1 q_len"],
-        hi: Int[Tensor, "batch_or_1 q_len"],
-        *,
-        scale: float,
-    ) -> AttentionState:
-        """The state of softmax(scale * q k) v in which row i sees the keys lo_i <= j < hi_i only.
+    def forward(self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores) -> AttentionState:
+        """The state of softmax(scores(q k)) v in which row i sees the keys lo_i <= j < hi_i only.
 
         Shapes: `lo`, `hi` on the CPU; out (batch, q_heads, q_len, v_dim). Query head h reads KV head
         h // (q_heads / kv_heads).
         Numerics: out and lse are float32, or float64 for float64 inputs. A row that sees nothing gives
         (0, -inf). What a key outside a row's interval holds, NaN and Inf included, does not reach that row.
+        """
+
+    @abstractmethod
+    def backward(
+        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
+    ) -> Gradients:
+        """What these keys contribute to the gradients, the weights computed again from the final lse.
+
+        The keys may be some of those that the final output saw: contributions of disjoint keys add up, and so do
+        those of disjoint rows.
+        Numerics: as in `forward`; a row and a key that it does not see contribute nothing to each other.
         """

@@ -6,14 +6,17 @@ from ..errors import Unsupported
 from .all_gather import AllGather
 from .all_reduce import AllReduce
 from .base import Call, Strategy
+from .pass_q import PassQ
 from .ring import Ring
 
-STRATEGIES: dict[str, type[Strategy]] = {"all_reduce": AllReduce, "all_gather": AllGather, "ring": Ring}
+STRATEGIES: dict[str, type[Strategy]] = {
+    strategy.name: strategy for strategy in (AllReduce, AllGather, Ring, PassQ)
+}
 
 # Up to this many bytes of keys and values on every rank, one all-gather is simpler and overlaps nothing away.
 GATHERED_BYTES = 1 << 30
 
-__all__ = ["STRATEGIES", "AllGather", "AllReduce", "Call", "Ring", "Strategy", "as_strategy", "choose"]
+__all__ = ["STRATEGIES", "AllGather", "AllReduce", "Call", "PassQ", "Ring", "Strategy", "as_strategy", "choose"]
 
 
 def as_strategy(strategy: str | Strategy) -> Strategy | None:

@@ -4,28 +4,85 @@ from __future__ import annotations
 
 import functools
 
+import torch
+from torch import Tensor
+
 from ..comm import Traffic
+from ..kernels import Gradients, OutputGradient
 from ..state import AttentionState, merge
 from .base import Call, Strategy
 
 
 class AllGather(Strategy):
-    """Gather every rank's keys and values, then attend to them shard by shard in rank order.
+    """Gather the keys and values that this rank's rows may see, and attend to them shard by shard in rank order.
 
     Source: Llama Team 2024 (The Llama 3 herd of models, section 3.3.2: all-gather based context parallelism).
     """
 
     name = "all_gather"
+    rows_stay = True
 
     def forward(self, call: Call) -> AttentionState:
-        comm, ranks = call.comm, range(call.comm.size)
-        keys = comm.all_gather(call.k, [call.k_shape(rank) for rank in ranks])
-        values = comm.all_gather(call.v, [call.v_shape(rank) for rank in ranks])
+        rank = call.comm.rank
         states = (
-            call.partial(call.q, keys[rank], values[rank], rows_of=comm.rank, keys_of=rank) for rank in ranks
+            call.partial(call.q, k, v, rows_of=rank, keys_of=owner, keys=_keys(call, rank, owner))
+            for owner, (k, v) in enumerate(_gathered(call))
         )
         return functools.reduce(merge, states)
 
-    def traffic(self, call: Call) -> Traffic:
+    def _backward(self, call: Call, gradient: OutputGradient) -> Gradients:
+        comm, rank = call.comm, call.comm.rank
+        parts = [
+            call.partial_backward(
+                call.q, k, v, gradient, rows_of=rank, keys_of=owner, keys=_keys(call, rank, owner)
+            )
+            for owner, (k, v) in enumerate(_gathered(call))
+        ]
+        q = functools.reduce(torch.add, (part.q for part in parts))
+        found = [part.bias for part in parts if part.bias is not None]
+        bias = functools.reduce(torch.add, found) if found else None
+        own = torch.cat([parts[rank].k, parts[rank].v], dim=3)
+        sent = [
+            own[:, :, :0] if owner == rank else torch.cat([part.k, part.v], dim=3)
+            for owner, part in enumerate(parts)
+        ]
+        seen = [_sent(call, receiver) for receiver in range(comm.size)]
+        shapes = [(*own.shape[:2], keys.stop - keys.start, own.shape[3]) for keys in seen]
+        for keys, arrived in zip(seen, comm.all_to_all(sent, shapes), strict=True):
+            own[:, :, keys] += arrived
+        d_k, d_v = own.split([call.k.shape[3], call.v.shape[3]], dim=3)
+        return Gradients(q, d_k, d_v, bias)
+
+    def _traffic(self, call: Call) -> Traffic:
         others = call.comm.size - 1
-        return Traffic(call.kv_bytes(call.comm.rank) * others, 2 * others, 2 * (others > 0))
+        sent = sum(call.kv_bytes(_sent(call, receiver)) for receiver in range(call.comm.size))
+        return Traffic(sent, 2 * others, 2)
+
+    def _traffic_backward(self, call: Call) -> Traffic:
+        again, others = self._traffic(call), call.comm.size - 1
+        rank = call.comm.rank
+        received = [call.seen(rank, owner) for owner in range(call.comm.size) if owner != rank]
+        returned = sum(call.kv_gradient_bytes(keys) for keys in received)
+        return Traffic(again.sent_bytes + returned, 3 * others, 3)
+
+
+def _gathered(call: Call) -> list[tuple[Tensor, Tensor]]:
+    """Every rank's keys and values that this rank's rows may see; its own whole, where they are."""
+    comm, rank = call.comm, call.comm.rank
+    if comm.size == 1:
+        return [(call.k, call.v)]
+    sent = [_sent(call, receiver) for receiver in range(comm.size)]
+    seen = [slice(0, 0) if owner == rank else call.seen(rank, owner) for owner in range(comm.size)]
+    keys = comm.all_to_all([call.k[:, :, part] for part in sent], [call.k_shape(part) for part in seen])
+    values = comm.all_to_all([call.v[:, :, part] for part in sent], [call.v_shape(part) for part in seen])
+    keys[rank], values[rank] = call.k, call.v
+    return list(zip(keys, values, strict=True))
+
+
+def _sent(call: Call, receiver: int) -> slice:
+    """Which of this rank's keys go to another."""
+    return slice(0, 0) if receiver == call.comm.rank else call.seen(receiver, call.comm.rank)
+
+
+def _keys(call: Call, rank: int, owner: int) -> slice:
+    return slice(None) if owner == rank else call.seen(rank, owner)

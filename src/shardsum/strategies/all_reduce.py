@@ -6,10 +6,13 @@ collective, an all-reduce of states. Sharded queries are gathered first, and eac
 
 from __future__ import annotations
 
-from ..collectives import all_reduce_states, reduce_scatter_states
+import torch
+
+from ..collectives import all_reduce_states, reduce_scatter_states, sum_scatter
 from ..comm import Traffic
+from ..kernels import Gradients, OutputGradient
 from ..state import AttentionState
-from .base import Call, Strategy
+from .base import Call, Strategy, pack_gradient, unpack_gradient
 
 
 class AllReduce(Strategy):
@@ -31,11 +34,27 @@ class AllReduce(Strategy):
         ]
         return reduce_scatter_states(comm, states)
 
-    def traffic(self, call: Call) -> Traffic:
+    def _backward(self, call: Call, gradient: OutputGradient) -> Gradients:
+        comm, ranks = call.comm, range(call.comm.size)
+        queries = comm.all_gather(call.q, [call.q_shape(rank) for rank in ranks])
+        packed = pack_gradient(gradient)
+        rows = comm.all_gather(packed, [call.row_shape(rank, packed.shape[3]) for rank in ranks])
+        parts = [
+            call.partial_backward(q, call.k, call.v, unpack_gradient(row), rows_of=rank, keys_of=comm.rank)
+            for rank, (q, row) in enumerate(zip(queries, rows, strict=True))
+        ]
+        k, v = (torch.stack(x).sum(dim=0) for x in ([p.k for p in parts], [p.v for p in parts]))
+        return Gradients(sum_scatter(comm, [part.q for part in parts]), k, v)
+
+    def _traffic(self, call: Call) -> Traffic:
         rank, others = call.comm.rank, [r for r in range(call.comm.size) if r != call.comm.rank]
-        if not others:
-            return Traffic()
         if call.q_replicated:
             return Traffic(call.state_bytes(rank) * len(others), len(others), 1)
         states_bytes = sum(call.state_bytes(other) for other in others)
         return Traffic(call.q.nbytes * len(others) + states_bytes, 2 * len(others), 2)
+
+    def _traffic_backward(self, call: Call) -> Traffic:
+        rank, others = call.comm.rank, [r for r in range(call.comm.size) if r != call.comm.rank]
+        sent = (call.q.nbytes + call.row_bytes(rank, call.v.shape[3] + 2)) * len(others)
+        returned = sum(call.row_bytes(other, call.q.shape[3]) for other in others)
+        return Traffic(sent + returned, 3 * len(others), 3)

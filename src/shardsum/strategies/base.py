@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..collectives import sum_over_ranks
 from ..comm import Communicator, Traffic
 from ..errors import NonFiniteWarning
-from ..kernels import Kernel
+from ..kernels import Gradients, Kernel, OutputGradient
 from ..layouts import Placement
 from ..masks import Mask, localize
 from ..problem import state_dtype
-from ..state import AttentionState
+from ..scores import Scores
+from ..state import AttentionState, merge
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,17 +36,20 @@ class Call:
     mask: Mask
     queries: Placement
     keys: Placement
-    scale: float
+    scores: Scores
     q_replicated: bool
+    _seen: dict[tuple[int, int], slice] = field(default_factory=dict)
 
-    def partial(self, q: Tensor, k: Tensor, v: Tensor, *, rows_of: int, keys_of: int) -> AttentionState:
-        """The state of the query rows of one rank over the keys of one rank, computed here.
+    def partial(
+        self, q: Tensor, k: Tensor, v: Tensor, *, rows_of: int, keys_of: int, keys: slice = slice(None)
+    ) -> AttentionState:
+        """The state of the query rows of one rank over the keys (or some `keys`) of one rank, computed here.
 
         Warns: NonFiniteWarning, naming the rank whose keys gave NaN or Inf.
         """
-        lo, hi = self.mask.intervals(self.queries.positions[rows_of])
-        lo, hi = localize(lo, hi, self.keys.positions[keys_of])
-        state = self.kernel.forward(q, k, v, lo, hi, scale=self.scale)
+        scores, intervals = self._local(rows_of, keys_of, keys)
+        states = [self.kernel.forward(q, k, v, lo, hi, scores) for lo, hi in intervals]
+        state = functools.reduce(merge, states)
         if not state.is_finite():
             bad = state.lse.isnan() | (state.lse == torch.inf) | ~state.out.isfinite().all(dim=-1)
             first = tuple(bad.nonzero()[0].tolist())
@@ -55,35 +61,143 @@ class Call:
             )
         return state
 
+    def partial_backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gradient: OutputGradient,
+        *,
+        rows_of: int,
+        keys_of: int,
+        keys: slice = slice(None),
+    ) -> Gradients:
+        """What the query rows of one rank and the keys (or some) of one rank contribute, computed here.
+
+        The bias' gradient is of all its keys, zero but for these.
+        """
+        scores, intervals = self._local(rows_of, keys_of, keys)
+        parts = [self.kernel.backward(q, k, v, lo, hi, scores, gradient) for lo, hi in intervals]
+        found = functools.reduce(_added, parts)
+        if found.bias is None or self.scores.bias is None:
+            return found
+        bias = torch.zeros_like(self.scores.bias, dtype=found.bias.dtype)
+        bias[..., self.keys.positions[keys_of][keys].to(bias.device)] = found.bias
+        return Gradients(found.q, found.k, found.v, bias)
+
+    def _local(self, rows_of: int, keys_of: int, keys: slice) -> tuple[Scores, list[tuple[Tensor, Tensor]]]:
+        rows, positions = self.queries.positions[rows_of], self.keys.positions[keys_of][keys]
+        scores = self.scores.localize(rows, positions, self.mask.own(rows))
+        return scores, [localize(lo, hi, positions) for lo, hi in self.mask.intervals(rows)]
+
+    def seen(self, rows_of: int, keys_of: int) -> slice:
+        """The keys of one rank that some query row of another may see, as local indices: what has to travel."""
+        if (rows_of, keys_of) not in self._seen:
+            start, end = len(self.keys.positions[keys_of]), 0
+            for lo, hi in self._local(rows_of, keys_of, slice(None))[1]:
+                seeing = lo < hi
+                if bool(seeing.any()):
+                    start, end = min(start, int(lo[seeing].min())), max(end, int(hi[seeing].max()))
+            self._seen[rows_of, keys_of] = slice(start, end) if start < end else slice(0, 0)
+        return self._seen[rows_of, keys_of]
+
     def q_shape(self, rank: int) -> tuple[int, ...]:
         return (*self.q.shape[:2], len(self.queries.positions[rank]), self.q.shape[3])
 
-    def k_shape(self, rank: int) -> tuple[int, ...]:
-        return (*self.k.shape[:2], len(self.keys.positions[rank]), self.k.shape[3])
+    def k_shape(self, keys: slice) -> tuple[int, ...]:
+        return (*self.k.shape[:2], keys.stop - keys.start, self.k.shape[3])
 
-    def v_shape(self, rank: int) -> tuple[int, ...]:
-        return (*self.v.shape[:2], len(self.keys.positions[rank]), self.v.shape[3])
+    def v_shape(self, keys: slice) -> tuple[int, ...]:
+        return (*self.v.shape[:2], keys.stop - keys.start, self.v.shape[3])
 
-    def kv_bytes(self, rank: int) -> int:
-        """Bytes of one rank's keys and values."""
-        positions = len(self.keys.positions[rank]) * self.k.shape[0] * self.k.shape[1]
-        return positions * (self.k.shape[3] + self.v.shape[3]) * self.k.element_size()
+    def row_shape(self, rank: int, components: int) -> tuple[int, ...]:
+        """Of so many numbers for each query row of one rank."""
+        return (*self.q.shape[:2], len(self.queries.positions[rank]), components)
+
+    # Bytes, for the closed forms of traffic.
+
+    def kv_bytes(self, keys: slice) -> int:
+        """Bytes of some keys and values, as they came."""
+        return self._key_elements(keys) * self.k.element_size()
+
+    def kv_gradient_bytes(self, keys: slice) -> int:
+        """Bytes of the gradients of some keys and values."""
+        return self._key_elements(keys) * state_dtype(self.q.dtype).itemsize
+
+    def row_bytes(self, rank: int, components: int) -> int:
+        """Bytes of so many float32 (or wider) numbers for each query row of one rank."""
+        rows = len(self.queries.positions[rank]) * self.q.shape[0] * self.q.shape[1]
+        return rows * components * state_dtype(self.q.dtype).itemsize
 
     def state_bytes(self, rank: int) -> int:
         """Bytes of the packed state of one rank's query rows."""
-        rows = len(self.queries.positions[rank]) * self.q.shape[0] * self.q.shape[1]
-        return rows * (self.v.shape[3] + 1) * state_dtype(self.q.dtype).itemsize
+        return self.row_bytes(rank, self.v.shape[3] + 1)
+
+    def _key_elements(self, keys: slice) -> int:
+        positions: int = (keys.stop - keys.start) * self.k.shape[0] * self.k.shape[1]
+        return positions * (self.k.shape[3] + self.v.shape[3])
 
 
 class Strategy(ABC):
     """A way to distribute the sum. Every rank calls `forward`, and gets the state of its own query rows."""
 
     name: str
+    # Whether query rows stay on their rank, so that an additive bias, which only that rank has, can be used.
+    rows_stay: bool = False
 
     @abstractmethod
     def forward(self, call: Call) -> AttentionState:
         """The state of this rank's query rows over all keys; of all rows, bit-equal, if q is replicated."""
 
-    @abstractmethod
+    def backward(self, call: Call, gradient: OutputGradient) -> Gradients:
+        """The gradients of this rank's q, k, v and bias."""
+        return replicated_backward(call, gradient) if call.q_replicated else self._backward(call, gradient)
+
     def traffic(self, call: Call) -> Traffic:
         """What this rank sends in `forward`, in closed form: the communicator must count exactly this."""
+        return self._traffic(call) if call.comm.size > 1 else Traffic()
+
+    def traffic_backward(self, call: Call) -> Traffic:
+        """What this rank sends in `backward`."""
+        if call.comm.size == 1:
+            return Traffic()
+        if not call.q_replicated:
+            return self._traffic_backward(call)
+        others = call.comm.size - 1
+        sent_bytes = call.row_bytes(call.comm.rank, call.q.shape[3]) * others
+        if call.scores.bias is None:
+            return Traffic(sent_bytes, others, 1)
+        bias_bytes = call.scores.bias.numel() * state_dtype(call.q.dtype).itemsize
+        return Traffic(sent_bytes + bias_bytes * others, 2 * others, 2)
+
+    @abstractmethod
+    def _backward(self, call: Call, gradient: OutputGradient) -> Gradients: ...
+
+    @abstractmethod
+    def _traffic(self, call: Call) -> Traffic: ...
+
+    @abstractmethod
+    def _traffic_backward(self, call: Call) -> Traffic: ...
+
+
+def replicated_backward(call: Call, gradient: OutputGradient) -> Gradients:
+    """Every rank has all rows and their gradients: it needs to sum over ranks only what these rows receive."""
+    rank = call.comm.rank
+    own = call.partial_backward(call.q, call.k, call.v, gradient, rows_of=rank, keys_of=rank)
+    bias = None if own.bias is None else sum_over_ranks(call.comm, own.bias)
+    return Gradients(sum_over_ranks(call.comm, own.q), own.k, own.v, bias)
+
+
+def pack_gradient(gradient: OutputGradient) -> Tensor:
+    """The gradient of query rows as one tensor: lse and delta are two more components of each."""
+    return torch.cat([gradient.out, gradient.lse.unsqueeze(-1), gradient.delta.unsqueeze(-1)], dim=-1)
+
+
+def unpack_gradient(packed: Tensor) -> OutputGradient:
+    """What `pack_gradient` made this tensor of."""
+    return OutputGradient(packed[..., :-2], packed[..., -2], packed[..., -1])
+
+
+def _added(a: Gradients, b: Gradients) -> Gradients:
+    bias = a.bias if a.bias is None or b.bias is None else a.bias + b.bias
+    return Gradients(a.q + b.q, a.k + b.k, a.v + b.v, bias)

@@ -1,0 +1,219 @@
+"""What a call of attention asks for besides its tensors: checked, described for the agreement, and made a mask."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from .errors import Unsupported
+from .kernels import Kernel, as_kernel
+from .layouts import Layout, as_layout
+from .masks import Mask
+from .problem import Problem
+from .strategies import Strategy, as_strategy
+
+Indices = Int[Tensor, " entries"] | Sequence[int]
+Window = tuple[int | None, int | None]
+_LARGEST = 1 << 40  # of positions: sums of a few stay within int64
+
+
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """The arguments of `attention`, which documents each."""
+
+    layout: str | Layout = "contiguous"
+    strategy: str | Strategy = "auto"
+    kernel: str | Kernel = "auto"
+    causal: bool = False
+    window: Window | None = None
+    cu_seqlens: Indices | None = None
+    cu_seqlens_k: Indices | None = None
+    key_range: tuple[Indices, Indices] | None = None
+    prefix: int | Indices | None = None
+    sink_tokens: int = 0
+    key_intervals: tuple[Tensor, Tensor] | None = None
+    scale: float | Tensor | None = None
+    softcap: float | None = None
+    alibi_slopes: Tensor | Sequence[float] | None = None
+    sinks: Tensor | None = None
+    bias: Tensor | None = None
+    dropout_p: float = 0.0
+    seed: int | None = None
+    q_replicated: bool = False
+    q_start: int | Indices | None = None
+    q_len: int | None = None
+    kv_len: int | None = None
+    lengths: Tensor | None = None  # of a cache: how many keys each sequence has; its queries end there
+
+    def describe(self, problem: Problem) -> dict[str, Any]:
+        """The arguments as JSON values, checked as far as one rank alone can check them."""
+        layout, strategy = as_layout(self.layout), as_strategy(self.strategy)
+        if self.key_range is not None and len(self.key_range) != 2:
+            raise ValueError(f"key_range must be (start, end): got {len(self.key_range)} entries.")
+        if self.cu_seqlens is None and self.cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_k needs cu_seqlens: state the documents of the queries too.")
+        if _whole("sink_tokens", self.sink_tokens) < 0:
+            raise ValueError(f"sink_tokens must be 0 or more: got {self.sink_tokens}.")
+        if self.bias is not None and strategy is not None and not (strategy.rows_stay or self.q_replicated):
+            raise Unsupported(f"bias stays with its rows, and {strategy.name} moves rows. Use all_gather or ring.")
+        self._check_scores(problem)
+        intervals = self.key_intervals
+        return {
+            "layout": [layout.name, *layout.weights],
+            "strategy": "auto" if strategy is None else strategy.name,
+            "kernel": as_kernel(self.kernel).name,
+            "causal": bool(self.causal),
+            "window": _window(self.window),
+            "cu_seqlens": _listed("cu_seqlens", self.cu_seqlens),
+            "cu_seqlens_k": _listed("cu_seqlens_k", self.cu_seqlens_k),
+            "key_range": None if self.key_range is None else [_listed("key_range", x) for x in self.key_range],
+            "prefix": _listed("prefix", self.prefix),
+            "sink_tokens": _whole("sink_tokens", self.sink_tokens),
+            "key_intervals": None if intervals is None else _interval_rows(intervals, problem),
+            "scale": "a tensor" if isinstance(self.scale, Tensor) else self.scale and float(self.scale),
+            "softcap": self.softcap and float(self.softcap),
+            "alibi_slopes": None if self.alibi_slopes is None else _digest(self.alibi_slopes),
+            "sinks": None if self.sinks is None else _digest(self.sinks),
+            "bias": None if self.bias is None else [*self.bias.shape[:2], self.bias.shape[3]],
+            "dropout_p": float(self.dropout_p),
+            "seed": None if self.seed is None else operator.index(self.seed),
+            "q_replicated": bool(self.q_replicated),
+            "q_start": _listed("q_start", self.q_start),
+            "q_len": None if self.q_len is None else _whole("q_len", self.q_len),
+            "kv_len": None if self.kv_len is None else _whole("kv_len", self.kv_len),
+            "lengths": _listed("lengths", self.lengths),
+        }
+
+    def _check_scores(self, problem: Problem) -> None:
+        if self.scale is not None and not isinstance(self.scale, Tensor) and not math.isfinite(self.scale):
+            raise ValueError(f"scale must be a finite number: got {self.scale}.")
+        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+            raise ValueError(f"softcap must be a positive number: got {self.softcap}.")
+        if not 0.0 <= self.dropout_p < 1.0:
+            raise ValueError(f"dropout_p must be at least 0 and less than 1: got {self.dropout_p}.")
+        for name, values in (("alibi_slopes", self.alibi_slopes), ("sinks", self.sinks)):
+            shape = None if values is None else tuple(torch.as_tensor(values).shape)
+            if shape not in (None, (problem.q_heads,)):
+                raise ValueError(f"{name} must be (q_heads,): got {shape} for {problem.q_heads} heads.")
+        if self.bias is None:
+            return
+        sizes = ((1, problem.batch), (1, problem.q_heads), (problem.q_len,))
+        if self.bias.ndim != 4 or any(size not in s for size, s in zip(self.bias.shape[:3], sizes, strict=True)):
+            raise ValueError(
+                "bias must be (batch or 1, q_heads or 1, this rank's queries, all keys): got "
+                f"{tuple(self.bias.shape)}, batch {problem.batch}, {problem.q_heads} heads, {problem.q_len} rows."
+            )
+
+    def mask(
+        self, q_len: int, kv_len: int, batch: int, key_intervals: tuple[Tensor, Tensor] | None = None
+    ) -> Mask:
+        """The mask over the global lengths. Raises: ValueError where arguments and lengths do not agree."""
+        for name, stated, found in (("q_len", self.q_len, q_len), ("kv_len", self.kv_len, kv_len)):
+            if stated is not None and stated != found:
+                raise ValueError(f"{name}={stated}, but the ranks together hold {found}.")
+        if self.bias is not None and self.bias.shape[3] != kv_len:
+            raise ValueError(f"bias must have a column for each of the {kv_len} keys: got {self.bias.shape[3]}.")
+        documents = _indices("cu_seqlens", self.cu_seqlens)
+        documents_k = documents if self.cu_seqlens_k is None else _indices("cu_seqlens_k", self.cu_seqlens_k)
+        key_range = None
+        if self.key_range is not None:
+            start, end = (_per_sequence("key_range", bound, batch) for bound in self.key_range)
+            key_range = (start, end)
+        q_start = None if self.q_start is None else _per_sequence("q_start", self.q_start, batch)
+        if self.lengths is not None:
+            start, end = (torch.zeros_like(self.lengths), self.lengths) if key_range is None else key_range
+            key_range = (start, torch.minimum(end, self.lengths))
+            q_start = self.lengths - q_len
+        return Mask(
+            q_len=q_len,
+            kv_len=kv_len,
+            causal=self.causal,
+            window=_window(self.window),
+            cu_seqlens=documents,
+            cu_seqlens_k=documents_k,
+            key_range=key_range,
+            q_start=q_start,
+            prefix=None if self.prefix is None else _per_sequence("prefix", self.prefix, batch),
+            sink_tokens=self.sink_tokens,
+            key_intervals=key_intervals,
+        )
+
+
+def _interval_rows(intervals: tuple[Tensor, Tensor], problem: Problem) -> int:
+    for bound in intervals if len(intervals) == 2 else ():
+        if bound.ndim == 2 and bound.shape[0] in (1, problem.batch) and bound.shape[1] == problem.q_len:
+            continue
+        raise ValueError(
+            f"key_intervals must be (lo, hi), each (batch or 1, {problem.q_len} queries of this rank): "
+            f"got {[tuple(x.shape) for x in intervals]}."
+        )
+    if len(intervals) != 2 or intervals[0].shape != intervals[1].shape:
+        raise ValueError("key_intervals must be (lo, hi), two tensors of one shape.")
+    return intervals[0].shape[0]
+
+
+def _window(window: Window | None) -> Window:
+    if window is None:
+        return (None, None)
+    sides = tuple(window) if isinstance(window, (tuple, list)) else ()
+    try:
+        left, right = (None if side is None or side == -1 else _whole("window", side) for side in sides)
+        if (left or 0) >= 0 and (right or 0) >= 0:
+            return (left, right)
+    except ValueError:
+        pass
+    raise ValueError(
+        f"window must be (left, right), each a number of keys, or None or -1 for no limit: got {window!r}."
+    )
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number: got {value!r}.") from None
+    if abs(number) > _LARGEST:
+        raise ValueError(f"{name} must be between -2^40 and 2^40: got {number}.")
+    return number
+
+
+def _indices(name: str, values: Indices | None) -> Tensor | None:
+    if values is None:
+        return None
+    try:
+        indices = torch.as_tensor(values, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be whole numbers: got {values!r}.") from None
+    if indices.is_floating_point() and indices.numel():
+        raise ValueError(f"{name} must be whole numbers: got {values!r}.")
+    return indices.to(torch.int64)
+
+
+def _per_sequence(name: str, values: int | Indices, batch: int) -> Tensor:
+    indices = torch.as_tensor(values, dtype=torch.int64, device="cpu").reshape(-1)
+    if len(indices) not in (1, batch):
+        raise ValueError(f"{name} must have one entry for each sequence: got {len(indices)} for batch {batch}.")
+    return indices
+
+
+def _listed(name: str, values: int | Indices | None) -> list[int] | int | None:
+    indices = _indices(name, values)  # type: ignore[arg-type]
+    if indices is None:
+        return None
+    if indices.numel() and int(indices.abs().max()) > _LARGEST:
+        raise ValueError(f"{name} must be between -2^40 and 2^40: got {indices.tolist()}.")
+    listed: list[int] | int = indices.tolist()
+    return listed
+
+
+def _digest(values: Tensor | Sequence[float]) -> str:
+    content = torch.as_tensor(values).detach().double().cpu().contiguous().numpy().tobytes()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -1,0 +1,164 @@
+"""Cutting a tensor over the ranks and putting it together again, and the plain weighted sum over ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .collectives import sum_over_ranks
+from .comm import Communicator, agree_on, as_communicator
+from .layouts import Layout, Placement, as_layout
+from .problem import state_dtype
+
+
+def shard(
+    x: Tensor, *, comm: Communicator | Any = None, dim: int = 2, layout: str | Layout = "contiguous"
+) -> Tensor:
+    """This rank's part of `x`, which is whole on every rank: the positions of `dim` that the layout gives it.
+
+    Gradients: x receives its whole gradient on every rank: the backward pass is `unshard`.
+
+    >>> shard(torch.arange(4), dim=0, layout="zigzag")
+    tensor([0, 1, 2, 3])
+    """
+    comm = as_communicator(comm)
+    part: Tensor = _Shard.apply(x, comm, dim, as_layout(layout))  # type: ignore[no-untyped-call]
+    return part
+
+
+def unshard(
+    x: Tensor, *, comm: Communicator | Any = None, dim: int = 2, layout: str | Layout = "contiguous"
+) -> Tensor:
+    """The whole of which every rank passes its part, on every rank: the inverse of `shard`.
+
+    Gradients: the result is the same on every rank and counts once: the backward pass is `shard`.
+    Traffic: each rank sends its part to every other.
+    Raises: ValueError where the parts are not cut as the layout cuts; Mismatch where the ranks' calls differ.
+
+    >>> unshard(torch.arange(4), dim=0, layout="zigzag")
+    tensor([0, 1, 2, 3])
+    """
+    comm = as_communicator(comm)
+    layout = as_layout(layout)
+
+    def describe() -> dict[str, Any]:
+        others = [size for axis, size in enumerate(x.shape) if axis != dim % x.ndim]
+        names = [layout.name, *layout.weights]
+        return {
+            "call": "unshard",
+            "dim": dim % x.ndim,
+            "layout": names,
+            "dtype": str(x.dtype),
+            "sizes": others,
+        }
+
+    lengths = [length for length, _ in agree_on(comm, describe, x, x, dim)]
+    whole: Tensor = _Unshard.apply(x, comm, dim, Placement.of(layout, lengths, "positions"))  # type: ignore[no-untyped-call]
+    return whole
+
+
+def weighted_sum(
+    weights: Float[Tensor, "*rows keys"],
+    values: Float[Tensor, "*batch keys v_dim"],
+    *,
+    comm: Communicator | Any = None,
+) -> Tensor:
+    """`weights @ values` over the keys of all ranks, for weights that are already normalised, on every rank.
+
+    Shapes: weights (..., keys), values (..., keys, v_dim); the keys are this rank's, any number of them.
+    Numerics: partial sums are float32 or wider and are added in rank order, so every rank has the same bits. A
+    weight of exactly 0 contributes nothing, whatever its value holds.
+    Traffic: each rank sends its partial sum to every other, after the agreement.
+    Raises: ValueError for shapes that do not fit; Mismatch where the ranks' calls differ.
+
+    >>> weighted_sum(torch.tensor([0.25, 0.75]), torch.tensor([[4.0], [8.0]]))
+    tensor([7.])
+    """
+    comm = as_communicator(comm)
+
+    def describe() -> dict[str, Any]:
+        check_weighted(weights, values)
+        sizes = [list(weights.shape[:-1]), [*values.shape[:-2], values.shape[-1]]]
+        return {"call": "weighted_sum", "dtype": str(values.dtype), "sizes": sizes}
+
+    agree_on(comm, describe, weights, values, -1)
+    dtype = state_dtype(values.dtype)
+    partial = _sum_of_weighted(weights.to(dtype), values.to(dtype))
+    total: Tensor = _SumOverRanks.apply(partial, comm)  # type: ignore[no-untyped-call]
+    return total.to(values.dtype)
+
+
+def check_weighted(weights: Tensor, values: Tensor) -> None:
+    """Raise ValueError unless these are weights and values of one weighted sum."""
+    shapes = f"got {tuple(weights.shape)} and {tuple(values.shape)}."
+    if weights.ndim < 1 or values.ndim < 2 or weights.shape[-1] != values.shape[-2]:
+        raise ValueError(
+            f"weights (..., keys) and values (..., keys, v_dim) must have the same number of keys: {shapes}"
+        )
+    try:
+        torch.broadcast_shapes(weights.shape[:-2], values.shape[:-2])
+    except RuntimeError:
+        raise ValueError(
+            f"the dims of weights and values before the last two must fit each other: {shapes}"
+        ) from None
+    if not weights.is_floating_point() or weights.dtype != values.dtype:
+        raise ValueError(
+            f"weights and values must have one floating dtype: got {weights.dtype} and {values.dtype}."
+        )
+
+
+def _sum_of_weighted(weights: Tensor, values: Tensor) -> Tensor:
+    total = weights @ values
+    if bool(total.sum(dtype=torch.float64).isfinite()):
+        return total
+    # 0 * NaN is NaN, but a weight of 0 has no say: products with what is not finite are written out.
+    finite = values.isfinite()
+    total = weights @ values.masked_fill(~finite, 0.0)
+    for key in (~finite).any(dim=-1).reshape(-1, values.shape[-2]).any(dim=0).nonzero().flatten().tolist():
+        weight = weights[..., key].unsqueeze(-1)
+        value = values[..., key, :].masked_fill(finite[..., key, :], 0.0)
+        value = value.unsqueeze(-2) if weights.ndim > 1 else value
+        total = total + torch.where((weight == 0.0) | (value == 0.0), 0.0, weight * value)
+    return total
+
+
+class _Shard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Communicator, dim: int, layout: Layout) -> Tensor:
+        ctx.comm, ctx.dim, ctx.layout = comm, dim, layout
+        positions = layout.positions(x.shape[dim], comm.rank, comm.size)
+        return x.index_select(dim, positions.to(x.device))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return unshard(gradient, comm=ctx.comm, dim=ctx.dim, layout=ctx.layout), None, None, None
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Communicator, dim: int, placement: Placement) -> Tensor:
+        ctx.dim, ctx.own = dim, placement.positions[comm.rank]
+        moved = x.movedim(dim, 0)
+        shapes = [(len(positions), *moved.shape[1:]) for positions in placement.positions]
+        parts = comm.all_gather(moved.contiguous(), shapes)
+        order = torch.cat(placement.positions).argsort().to(x.device)
+        return torch.cat(parts).index_select(0, order).movedim(0, dim)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient.index_select(ctx.dim, ctx.own.to(gradient.device)), None, None, None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum is the same on every rank and counts once, so each part receives its gradient as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, comm: Communicator) -> Tensor:
+        return sum_over_ranks(comm, part)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, None
