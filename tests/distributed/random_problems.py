@@ -17,7 +17,7 @@ from shardsum.scores import Scores
 from shardsum.strategies import STRATEGIES
 
 from .. import dense
-from .cases import Recorded, layout_of, ragged
+from .cases import Recorded, layout_of, ragged, supported
 
 # Relative norms; a gradient is rounded to its tensor's dtype at the end.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float64: 1e-12}
@@ -50,7 +50,7 @@ class Drawn:
         )
 
 
-def draw(seed: int, strategy: str | None = None) -> Drawn:
+def draw(seed: int) -> Drawn:
     """The problem of that number."""
     pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     dtype = pick.choices([torch.float32, torch.bfloat16, torch.float64], [6, 2, 1])[0]
@@ -68,7 +68,8 @@ def draw(seed: int, strategy: str | None = None) -> Drawn:
         "k": normal(batch, kv_heads, kv_len, head_dim).to(dtype),
         "v": normal(batch, kv_heads, kv_len, v_dim).to(dtype),
     }
-    strategy = strategy or pick.choice(sorted(STRATEGIES))
+    ranks = pick.randint(1, 6)
+    strategy = pick.choice([name for name in sorted(STRATEGIES) if supported(name, ranks, q_heads)])
     q_replicated = pick.random() < 0.25
     options: dict[str, Any] = {}
     if pick.random() < 0.6:
@@ -109,7 +110,6 @@ def draw(seed: int, strategy: str | None = None) -> Drawn:
         options |= {"dropout_p": 0.3, "seed": seed}
     layout = pick.choice(["contiguous", "zigzag", "striped", "weighted", "ragged"])
     kernel = pick.choices(["aten", "eager", "reference"], [6, 1, 1])[0]
-    ranks = pick.randint(1, 6)
     return _solved(Drawn(seed, ranks, strategy, layout, kernel, q_replicated, tensors, options, normal))
 
 

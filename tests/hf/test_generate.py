@@ -200,8 +200,8 @@ def test_a_conversation_goes_on_in_the_same_cache() -> None:
     def run(comm: Any) -> Any:
         with sharded(models[comm.rank], comm) as session:
             cache = session.new_cache()
-            ids = session.generate(prompt(15), past_key_values=cache, max_new_tokens=5)
-            return session.generate(torch.cat([ids, more], 1), past_key_values=cache, max_new_tokens=5)
+            ids = generate(session, prompt(15), past_key_values=cache, max_new_tokens=5)
+            return generate(session, torch.cat([ids, more], 1), past_key_values=cache, max_new_tokens=5)
 
     for result in launch(run, ranks=2, transport="threads"):
         assert torch.equal(result, expected)

@@ -94,8 +94,8 @@ def test_two_models_at_once_and_one_after_the_other() -> None:
     with sharded(one, comm) as first:
         with sharded(other, comm) as second:
             for session, tokens in ((first, expected[0]), (second, expected[1]), (first, expected[0])):
-                assert torch.equal(session.generate(prompt(20), max_new_tokens=5), tokens)
-        assert torch.equal(first.generate(prompt(20), max_new_tokens=5), expected[0])
+                assert torch.equal(generate(session, prompt(20), max_new_tokens=5), tokens)
+        assert torch.equal(generate(first, prompt(20), max_new_tokens=5), expected[0])
         assert torch.equal(plain(other, prompt(20)).sequences, expected[1])
     for _ in range(2):
         assert torch.equal(generate(one, prompt(20), comm=comm, max_new_tokens=5), expected[0])
@@ -108,7 +108,7 @@ def test_a_model_is_in_one_session_at_a_time() -> None:
         for same in (model, type(model)(model.config).eval()):
             with pytest.raises(ValueError, match="is in a session already"), sharded(same, connect("single")):
                 pass
-        assert session.generate(prompt(9), max_new_tokens=2).shape == (1, 11)
+        assert generate(session, prompt(9), max_new_tokens=2).shape == (1, 11)
     assert _state(model) == before
 
 
@@ -129,7 +129,7 @@ def test_a_cache_belongs_to_its_session() -> None:
     with pytest.raises(ValueError, match="belongs to a session that is closed"):
         model(prompt(1), past_key_values=cache)
     with sharded(model, connect("single")) as other, pytest.raises(Unsupported, match="this session's new_cache"):
-        other.generate(prompt(10), past_key_values=cache)
+        generate(other, prompt(10), past_key_values=cache)
 
 
 def test_a_forward_pass_that_failed_leaves_nothing_behind() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.metadata
 import time
@@ -115,7 +116,7 @@ def run_on_rank(
     comm: Communicator, job: dict[str, Any], alone: dict[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """What the run over all ranks gave, and the run alone: made here, by rank 0, if a launcher made the ranks."""
-    from ..hf import sharded
+    from .. import hf
 
     error, prepared = None, None
     try:
@@ -127,9 +128,9 @@ def run_on_rank(
     model, tokenizer, ids = prepared
     if job["alone"] and alone is None and comm.rank == 0:
         alone = _run_alone(model, tokenizer, ids, job)
-    with sharded(model, comm, positions=ids.shape[1] + job["new_tokens"]) as session:
+    with hf.sharded(model, comm, positions=ids.shape[1] + job["new_tokens"]) as session:
         cache = session.new_cache()
-        result = _measured(session.generate, f"{comm.size} ranks", ids, cache, job, comm)
+        result = _measured(functools.partial(hf.generate, session), f"{comm.size} ranks", ids, cache, job, comm)
     numbers = torch.tensor([cache.bytes_held, result.pop("decode_sent_bytes")])
     held, sent = torch.stack(comm.all_gather(numbers)).T.tolist()
     everyones = comm.all_gather(result["tokens"])

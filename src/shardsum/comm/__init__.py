@@ -3,6 +3,18 @@
 from .agreement import agree, agree_on
 from .base import Communicator, Traffic
 from .connect import as_communicator, connect
+from .group import GroupCommunicator
 from .launch import launch
+from .threads import SingleCommunicator
 
-__all__ = ["Communicator", "Traffic", "agree", "agree_on", "as_communicator", "connect", "launch"]
+__all__ = [
+    "Communicator",
+    "GroupCommunicator",
+    "SingleCommunicator",
+    "Traffic",
+    "agree",
+    "agree_on",
+    "as_communicator",
+    "connect",
+    "launch",
+]

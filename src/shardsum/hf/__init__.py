@@ -16,9 +16,10 @@ except ModuleNotFoundError as missing:
         "shardsum.hf needs the package transformers: pip install shardsum[hf]", name=missing.name
     ) from missing
 
+from .binding import sharded
 from .cache import ShardedCache
 from .generation import generate
 from .loading import load
-from .session import Session, sharded
+from .session import Session
 
 __all__ = ["Session", "ShardedCache", "generate", "load", "sharded"]

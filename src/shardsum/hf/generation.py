@@ -15,9 +15,10 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 from ..comm import Communicator, agree
 from ..errors import Unsupported
 from ..layouts import Layout
+from .binding import sharded
 from .cache import ShardedCache
 from .masks import padding_start
-from .session import Session, sharded
+from .session import Session
 
 _REFUSED = {
     "assistant_model": "assisted decoding",
@@ -31,7 +32,7 @@ _BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 
 def generate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Session,
     input_ids: Tensor,
     comm: Communicator | None = None,
     attention_mask: Tensor | None = None,
@@ -43,22 +44,22 @@ def generate(
     `arguments` are those of `model.generate`. All but the last prompt token are prefilled in shards, each rank
     running the model on its own; then all ranks decode together. Rank 0 chooses the tokens and decides when to
     stop, so ranks stay in step whatever their random generators say; a `streamer` is heard on rank 0.
-    `prefill_chunk_size` prefills that many tokens (of all ranks together) at a time.
+    `prefill_chunk_size` prefills that many tokens (of all ranks together) at a time. An open session may take the
+    place of the model; its `comm` and `layout` count, and `past_key_values` may be a cache of it that holds the
+    first part.
 
     Shapes: input_ids (batch, tokens), the same on every rank; attention_mask alike, with padding on the left.
     Raises: Unsupported for models, masks and ways of decoding that can't be sharded; ValueError where prompt
     and new tokens exceed the model's positions; Mismatch where the ranks' prompts or settings differ.
     """
+    if isinstance(model, Session):
+        return _generate(model, input_ids, attention_mask=attention_mask, **arguments)
     wanted = _requested_length(model, input_ids, attention_mask, arguments)
     with sharded(model, comm, layout, positions=wanted) as session:
-        return generate_in(session, input_ids, attention_mask=attention_mask, **arguments)
+        return _generate(session, input_ids, attention_mask=attention_mask, **arguments)
 
 
-def generate_in(session: Session, input_ids: Tensor, **arguments: Any) -> Any:
-    """`generate` in an open session. `past_key_values` may be a cache of that session that holds a first part.
-
-    Shapes, Raises: those of `generate`.
-    """
+def _generate(session: Session, input_ids: Tensor, **arguments: Any) -> Any:
     loop = _Loop(session)
     model: Any = session.model  # its `generate` comes from a mixin that torch's Module hides from type checkers
     try:

@@ -1,33 +1,22 @@
-"""A model whose attention runs over all ranks, for as long as a `with` block lasts."""
+"""A model whose attention runs over all ranks: what Transformers calls, and what it finds."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import itertools
-import threading
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
+from transformers import PreTrainedModel
 
-from ..comm import Communicator, agree, connect
+from ..comm import Communicator
 from ..errors import Unsupported
-from ..layouts import Layout, as_layout
+from ..layouts import Layout
 from .cache import Part, Shape, ShardedCache
 from .masks import IntervalMask, MaskFunction, checked_mask, interval_mask
 
-# A model that names no limit is checked for sequences of up to this many tokens.
-DEFAULT_POSITIONS = 1 << 16
 # Masks are looked at up to this position; within a million, windows and chunks have long shown themselves.
 MASK_POSITIONS = 1 << 20
-_numbers = itertools.count()
-# A model's configurations name its attention function, so a configuration serves one session at a time.
-_lock, _in_use = threading.Lock(), set[int]()
 
 
 class Handler(Protocol):
@@ -44,7 +33,6 @@ class Session:
     - `positions`: the longest sequence that the model was checked for.
     - `new_cache()`: an empty KV cache, spread over the ranks.
     - `prefill(cache, input_ids, ...)`: put new tokens into it, each rank running its own share of them.
-    - `generate(input_ids, ...)`: as `shardsum.hf.generate`, without checking the model again.
     """
 
     def __init__(self, model: PreTrainedModel, comm: Communicator, layout: Layout, positions: int) -> None:
@@ -73,12 +61,6 @@ class Session:
                 "tokens only. Use the cache inside of `with sharded(...)`."
             )
         self.pending[layer] = cache
-
-    def generate(self, input_ids: Tensor, **arguments: Any) -> Any:
-        """What `shardsum.hf.generate` returns, for a model that is sharded already."""
-        from .generation import generate_in
-
-        return generate_in(self, input_ids, **arguments)
 
     @torch.no_grad()
     def prefill(
@@ -184,96 +166,6 @@ class Session:
         return f"{self.names.get(module, 'a module')} ({type(module).__name__})"
 
 
-@contextlib.contextmanager
-def sharded(
-    model: PreTrainedModel,
-    comm: Communicator | None = None,
-    layout: str | Layout = "zigzag",
-    positions: int | None = None,
-) -> Iterator[Session]:
-    """A `Session` in which the model's attention runs over the keys and values of all ranks.
-
-    On entry a few forward passes over seven tokens find out whether the model is one whose tokens meet in plain
-    softmax attention only; see `shardsum.hf.probe`. `positions` is the longest sequence to expect, by default
-    the model's own limit. Everything is undone on exit, after an exception too.
-
-    Raises: Unsupported, naming the module or option that stands in the way; ValueError for a model in training
-    mode, one that is in a session already, or more positions than it has. A rank whose model is fine raises
-    Mismatch, naming those where it isn't.
-    """
-    from .probe import probe
-
-    comm, layout = connect() if comm is None else comm, as_layout(layout)
-    session, problem = Session(model, comm, layout, 0), None
-    with contextlib.ExitStack() as undo:
-        try:
-            session.positions = _longest(model, positions)
-            name = undo.enter_context(_registered(session))
-            session.cache_shape = probe(session, name)
-        except ValueError as error:
-            problem = error
-        agree(comm, {"call": "hf.sharded", "model": type(model).__name__, "layout": str(layout)}, error=problem)
-        yield session
-
-
-@contextlib.contextmanager
-def _registered(session: Session) -> Iterator[str]:
-    """The name under which the model can choose the session's attention; all is as before afterwards."""
-    chosen = [(config, config._attn_implementation) for config in _configs(session.model)]
-    ids = {id(config) for config, _ in chosen}
-    with _lock:
-        if ids & _in_use:
-            raise ValueError(
-                f"this {type(session.model).__name__} (or one with the same config object) is in a session "
-                "already. Call generate() of that session. Ranks that are threads need a model each: load it on "
-                "each rank."
-            )
-        _in_use.update(ids)
-    name = f"shardsum_{next(_numbers)}"
-    AttentionInterface.register(name, session.attention)
-    AttentionMaskInterface.register(name, session.mask)
-    try:
-        yield name
-    finally:
-        session.open = False
-        for config, implementation in chosen:
-            config._attn_implementation_internal = implementation
-        # There is no public way to unregister.
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
-        with _lock:
-            _in_use.difference_update(ids)
-
-
-def _longest(model: PreTrainedModel, positions: int | None) -> int:
-    """The number of positions to expect: what was asked for, the model's limit, or a default.
-
-    Raises: ValueError where more are asked for than the model has.
-    """
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    limit = limit if isinstance(limit, int) and limit > 0 else None
-    if positions is None:
-        return limit or DEFAULT_POSITIONS
-    if limit is not None and positions > limit:
-        raise ValueError(
-            f"{type(model).__name__} has {limit} positions: got a prompt and new tokens of {positions} together. "
-            "Shorten the prompt or ask for fewer new tokens."
-        )
-    return positions
-
-
 def takes(model: PreTrainedModel, argument: str) -> bool:
     """Whether the model's forward has an argument of that name."""
     return argument in inspect.signature(model.forward).parameters
-
-
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Every configuration in the model, those without a module of their own included."""
-    found: dict[int, PreTrainedConfig] = {}
-    waiting: list[Any] = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    while waiting:
-        config = waiting.pop()
-        if config is not None and id(config) not in found:
-            found[id(config)] = config
-            waiting += [getattr(config, name, None) for name in config.sub_configs]
-    return list(found.values())

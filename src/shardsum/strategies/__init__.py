@@ -6,17 +6,31 @@ from ..errors import Unsupported
 from .all_gather import AllGather
 from .all_reduce import AllReduce
 from .base import Call, Strategy
+from .hybrid import Hybrid
 from .pass_q import PassQ
 from .ring import Ring
+from .ulysses import Ulysses
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    strategy.name: strategy for strategy in (AllReduce, AllGather, Ring, PassQ)
+    strategy.name: strategy for strategy in (AllReduce, AllGather, Ring, PassQ, Ulysses, Hybrid)
 }
 
 # Up to this many bytes of keys and values on every rank, one all-gather is simpler and overlaps nothing away.
 GATHERED_BYTES = 1 << 30
 
-__all__ = ["STRATEGIES", "AllGather", "AllReduce", "Call", "PassQ", "Ring", "Strategy", "as_strategy", "choose"]
+__all__ = [
+    "STRATEGIES",
+    "AllGather",
+    "AllReduce",
+    "Call",
+    "Hybrid",
+    "PassQ",
+    "Ring",
+    "Strategy",
+    "Ulysses",
+    "as_strategy",
+    "choose",
+]
 
 
 def as_strategy(strategy: str | Strategy) -> Strategy | None:
