@@ -340,16 +340,22 @@ def test_ctrl_c_ends_ranks_that_are_threads() -> None:
             os.kill(os.getpid(), signal.SIGINT)
         comm.exchange(torch.zeros(1), to=1 - comm.rank, source=comm.rank, shape=(1,))()
 
-    with pytest.raises(KeyboardInterrupt):
-        launch(wait_for_each_other, ranks=2, transport="threads")
+    # A shell that starts the tests in the background has switched Ctrl-C off for them.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launch(wait_for_each_other, ranks=2, transport="threads")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 SCRIPT = """
-    import os, sys, time, torch
+    import os, signal, sys, time, torch
     import helper_beside_the_script
     from shardsum import launch
 
     transport, started = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # off in what a shell starts in the background
 
     def sleep(comm, x):
         total = sum(int(part) for part in comm.all_gather(torch.tensor(x + comm.rank)))
