@@ -3,6 +3,7 @@
 from .attention import attention
 from .cache import KVCache
 from .comm import Communicator, connect, launch
+from .context_parallel import context_parallel
 from .errors import Mismatch, NonFiniteWarning, RankLost, Unsupported
 from .layouts import Layout
 from .sharding import shard, unshard, weighted_sum
@@ -21,6 +22,7 @@ __all__ = [
     "Unsupported",
     "attention",
     "connect",
+    "context_parallel",
     "launch",
     "merge",
     "shard",
