@@ -45,8 +45,6 @@ class Scores:
 
     def localize(self, rows: Tensor, keys: Tensor, own: Tensor) -> Scores:
         """The scores of the given rows against the given keys; the bias has this rank's rows already."""
-        if self.plain:
-            return self
         bias = self.bias if self.bias is None else self.bias[..., keys.to(self.bias.device)]
         return replace(self, rows=rows, keys=keys, own=own, bias=bias)
 

@@ -15,7 +15,7 @@ def test_all_is_right(capsys: pytest.CaptureFixture[str]) -> None:
     done = shardsum(capsys, "verify", "-n", 2, "--transport", "threads", "--json")
     assert done.status == 0, done.out
     (result,) = done.json["results"]
-    assert result["cases"] == 4 * 4 * 8 * 3 * 2
+    assert result["cases"] == 6 * 4 * 8 * 3 * 2
     assert {(s, layout) for s, row in result["largest_error"].items() for layout in row} == {
         (s, layout) for s in STRATEGIES for layout in ("contiguous", "zigzag", "striped", "weighted")
     }
@@ -33,7 +33,10 @@ def test_a_wrong_strategy_is_found(capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr(Ring, "forward", doubled)
     done = shardsum(capsys, "verify", "-n", 2, "--transport", "threads", "--json")
     assert done.status == 1
-    assert {failure["strategy"] for failure in done.json["results"][0]["failures"]} == {"ring"}
+    assert {failure["strategy"] for failure in done.json["results"][0]["failures"]} == {
+        "ring",
+        "hybrid",
+    }  # which has a ring between its nodes
     text = shardsum(capsys, "verify", "-n", 2, "--transport", "threads")
     assert text.status == 1
     assert "WRONG" in text.out

@@ -38,7 +38,9 @@ class Call:
     keys: Placement
     scores: Scores
     q_replicated: bool
+    # What was found out about the mask, which every strategy asks several times.
     _seen: dict[tuple[int, int], slice] = field(default_factory=dict)
+    _intervals_of: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def partial(
         self, q: Tensor, k: Tensor, v: Tensor, *, rows_of: int, keys_of: int, keys: slice = slice(None)
@@ -87,14 +89,20 @@ class Call:
 
     def _local(self, rows_of: int, keys_of: int, keys: slice) -> tuple[Scores, list[tuple[Tensor, Tensor]]]:
         rows, positions = self.queries.positions[rows_of], self.keys.positions[keys_of][keys]
-        scores = self.scores.localize(rows, positions, self.mask.own(rows))
-        return scores, [localize(lo, hi, positions) for lo, hi in self.mask.intervals(rows)]
+        scores = self.scores if self.scores.plain else self.scores.localize(rows, positions, self.mask.own(rows))
+        return scores, [localize(lo, hi, positions) for lo, hi in self._intervals(rows_of)]
+
+    def _intervals(self, rows_of: int) -> list[tuple[Tensor, Tensor]]:
+        if rows_of not in self._intervals_of:
+            self._intervals_of[rows_of] = self.mask.intervals(self.queries.positions[rows_of])
+        return self._intervals_of[rows_of]
 
     def seen(self, rows_of: int, keys_of: int) -> slice:
         """The keys of one rank that some query row of another may see, as local indices: what has to travel."""
         if (rows_of, keys_of) not in self._seen:
             start, end = len(self.keys.positions[keys_of]), 0
-            for lo, hi in self._local(rows_of, keys_of, slice(None))[1]:
+            positions = self.keys.positions[keys_of]
+            for lo, hi in (localize(lo, hi, positions) for lo, hi in self._intervals(rows_of)):
                 seeing = lo < hi
                 if bool(seeing.any()):
                     start, end = min(start, int(lo[seeing].min())), max(end, int(hi[seeing].max()))

@@ -6,7 +6,7 @@ With several nodes it has two dimensions: heads are shared out inside a node, ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -130,8 +130,18 @@ class _Node:
         if self._owners is not None:
             k, v = (x.index_select(1, self._owners.to(x.device)) for x in (k, v))
         queries, keys = self.nodes
-        scores = call.scores.some_heads(own.start, own.stop)
-        return replace(call, comm=self.between, q=q, k=k, v=v, queries=queries, keys=keys, scores=scores, _seen={})
+        return Call(
+            self.between,
+            call.kernel,
+            q,
+            k,
+            v,
+            call.mask,
+            queries,
+            keys,
+            call.scores.some_heads(own.start, own.stop),
+            call.q_replicated,
+        )
 
     def empty_call(self, call: Call) -> Call:
         """The same with tensors that have sizes only."""
