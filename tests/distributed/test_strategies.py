@@ -18,11 +18,11 @@ from .cases import Case, Recorded, layout_of, run_all, run_case, supported
 pytestmark = pytest.mark.filterwarnings("ignore::shardsum.NonFiniteWarning")
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.nightly), 5])
 @pytest.mark.parametrize("which", ["matrix", "corners"])
 def test_against_float64_on_every_rank(size: int, which: str) -> None:
     counts = launch(run_all, ranks=size, transport="threads", args=(which,))
-    assert set(counts) == {1200 if which == "matrix" else 96 if size < 5 else 94}
+    assert set(counts) == {900 if which == "matrix" else 96 if size < 5 else 94}
 
 
 @pytest.mark.parametrize("transport", ["gloo", "mpi"])
