@@ -7,7 +7,7 @@ order along one tree, so every rank that merges the same states gets the same bi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -62,43 +62,3 @@ def sum_scatter(comm: Communicator, parts: Sequence[Tensor]) -> Tensor:
     if comm.size == 1:
         return parts[0]
     return functools.reduce(torch.add, comm.all_to_all(parts, [parts[comm.rank].shape] * comm.size))
-
-
-def circulate(
-    comm: Communicator,
-    shard: Sequence[Tensor],
-    visit: Callable[[int, Sequence[Tensor]], Sequence[Tensor]],
-    shapes: Callable[[int], Sequence[Sequence[int]]],
-    onward: Callable[[int, Sequence[Tensor]], Sequence[Tensor]] = lambda owner, held: held,
-    combine: Callable[[int, Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]] | None = None,
-    result_shapes: Callable[[int], Sequence[Sequence[int]]] = lambda owner: [],
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Send every rank's `shard` round the ring; what its visits gave at home, and on the other ranks together.
-
-    `visit(owner, held)` computes with the shard that is there, while the next one, of `shapes(owner)`, arrives: at
-    most two are on a rank. `onward` is what of a shard goes on. With `combine`, the visits' results
-    travel one hop behind their shard, each rank adding its own, and return home; they have `result_shapes(owner)`.
-    """
-    to, source = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
-    held, at_home = shard, shard
-    returning: list[Callable[[], Tensor]] = []
-    for hop in range(comm.size):
-        owner, coming = (comm.rank - hop) % comm.size, (comm.rank - hop - 1) % comm.size
-        arriving = []
-        if hop < comm.size - 1:
-            arriving = [
-                comm.exchange(part, to, source, shape)
-                for part, shape in zip(onward(owner, held), shapes(coming), strict=True)
-            ]
-        found = visit(owner, held)
-        if hop == 0:
-            at_home = found
-        elif combine is not None:
-            if hop > 1:
-                found = combine(owner, [wait() for wait in returning], found)
-            returning = [
-                comm.exchange(part, to, source, shape)
-                for part, shape in zip(found, result_shapes(coming), strict=True)
-            ]
-        held = [wait() for wait in arriving]
-    return at_home, [wait() for wait in returning]

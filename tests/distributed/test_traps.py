@@ -15,7 +15,7 @@ from shardsum.comm import Communicator
 from shardsum.comm.threads import ThreadCommunicator
 from shardsum.kernels import Gradients, OutputGradient, aten
 from shardsum.masks import Mask
-from shardsum.strategies import all_gather, all_reduce, ring
+from shardsum.strategies import all_gather, all_reduce, circulation, ring
 from shardsum.strategies.base import Call
 
 from .cases import Case, run_case
@@ -192,11 +192,11 @@ def the_ring_uses_stale_keys(patch: pytest.MonkeyPatch) -> None:
 
 def the_ring_drops_a_hop_of_gradients(patch: pytest.MonkeyPatch) -> None:
     def dropping(*args: Any) -> Any:
-        *first, _, result_shapes = args
-        return circulate(*first, lambda owner, arrived, found: arrived, result_shapes)
+        *first, combine = args
+        return circulate(*first, combine and (lambda arrived, found: arrived))
 
-    circulate = collectives.circulate
-    patch.setattr(ring, "circulate", lambda *args: dropping(*args) if len(args) == 7 else circulate(*args))
+    circulate = circulation.circulate
+    patch.setattr(ring, "circulate", lambda *args: dropping(*args) if len(args) == 5 else circulate(*args))
 
 
 def gradients_go_to_the_wrong_rows(patch: pytest.MonkeyPatch) -> None:

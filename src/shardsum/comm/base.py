@@ -27,6 +27,11 @@ class Traffic:
     messages: int = 0
     rounds: int = 0
 
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.sent_bytes + other.sent_bytes, self.messages + other.messages, self.rounds + other.rounds
+        )
+
     def __sub__(self, other: Traffic) -> Traffic:
         return Traffic(
             self.sent_bytes - other.sent_bytes, self.messages - other.messages, self.rounds - other.rounds
@@ -77,13 +82,14 @@ class Communicator(ABC):
     def exchange(self, part: Tensor, to: int, source: int, shape: Sequence[int]) -> Callable[[], Tensor]:
         """Start sending `part` to one rank and receiving `shape` from another; call the result to wait.
 
-        The returned function gives the received tensor. `part` must not change before that.
+        The returned function gives the received tensor. `part` must not change before that. A message that is
+        empty is not sent: both sides know its size.
         """
         flat, (piece,) = _receive_buffer(part, [shape])
         if to == source == self.rank:
             piece.copy_(part)
             return lambda: piece
-        self._count([part.nbytes])
+        self._count([part.nbytes] if part.nbytes else [])
         wait = self._exchange(_as_bytes(part), to, flat, source)
 
         def finish() -> Tensor:
@@ -114,7 +120,8 @@ class Communicator(ABC):
         self.traffic.rounds += bool(message_bytes)
 
     # What a transport implements. Everything is flat uint8, so that no transport needs to know a dtype
-    # (MPI has no bfloat16). `receive` is one buffer that holds the pieces of all ranks one after another.
+    # (MPI has no bfloat16). `receive` is one buffer that holds the pieces of all ranks one after another. An
+    # exchange neither sends nor waits for what is empty.
 
     @abstractmethod
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None: ...

@@ -52,10 +52,9 @@ class MpiCommunicator(Communicator):
         self._wait([request], "an all-to-all")
 
     def _exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]:
-        requests = [
-            self._mpi.Irecv(_buffer(receive), source=source),
-            self._mpi.Isend(_buffer(send), dest=to),
-        ]
+        requests = [self._mpi.Irecv(_buffer(receive), source=source)] if receive.nbytes else []
+        if send.nbytes:
+            requests.append(self._mpi.Isend(_buffer(send), dest=to))
 
         def wait() -> None:
             assert send is not None  # the message must live until it has left

@@ -74,11 +74,13 @@ class ThreadCommunicator(Communicator):
             piece.copy_(self._hub.get(source, self.rank, self.deadline_seconds))
 
     def _exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]:
-        self._hub.put(self.rank, to, send.clone())
+        if send.nbytes:
+            self._hub.put(self.rank, to, send.clone())
         return lambda: self._receive(receive, source)
 
     def _receive(self, receive: Tensor, source: int) -> None:
-        receive.copy_(self._hub.get(source, self.rank, self.deadline_seconds))
+        if receive.nbytes:
+            receive.copy_(self._hub.get(source, self.rank, self.deadline_seconds))
 
 
 class SingleCommunicator(Communicator):

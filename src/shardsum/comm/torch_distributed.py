@@ -54,7 +54,7 @@ class TorchCommunicator(Communicator):
 
     def _exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]:
         there, back = self._at_hand(send), self._at_hand(receive)
-        works = self._start([(to, there)], [(source, back)])
+        works = self._start([(to, there)] if send.nbytes else [], [(source, back)] if receive.nbytes else [])
 
         def wait() -> None:
             assert there is not None  # the message must live until it has left

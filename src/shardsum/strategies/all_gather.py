@@ -11,6 +11,7 @@ from ..comm import Traffic
 from ..kernels import Gradients, OutputGradient
 from ..state import AttentionState, merge
 from .base import Call, Strategy
+from .circulation import take
 
 
 class AllGather(Strategy):
@@ -47,22 +48,22 @@ class AllGather(Strategy):
             for owner, part in enumerate(parts)
         ]
         seen = [_sent(call, receiver) for receiver in range(comm.size)]
-        shapes = [(*own.shape[:2], keys.stop - keys.start, own.shape[3]) for keys in seen]
+        shapes = [(*own.shape[:2], len(keys), own.shape[3]) for keys in seen]
         for keys, arrived in zip(seen, comm.all_to_all(sent, shapes), strict=True):
-            own[:, :, keys] += arrived
+            own.index_add_(2, keys.to(own.device), arrived)
         d_k, d_v = own.split([call.k.shape[3], call.v.shape[3]], dim=3)
         return Gradients(q, d_k, d_v, bias)
 
     def _traffic(self, call: Call) -> Traffic:
         others = call.comm.size - 1
-        sent = sum(call.kv_bytes(_sent(call, receiver)) for receiver in range(call.comm.size))
+        sent = sum(call.kv_bytes(len(_sent(call, receiver))) for receiver in range(call.comm.size))
         return Traffic(sent, 2 * others, 2)
 
     def _traffic_backward(self, call: Call) -> Traffic:
         again, others = self._traffic(call), call.comm.size - 1
         rank = call.comm.rank
         received = [call.seen(rank, owner) for owner in range(call.comm.size) if owner != rank]
-        returned = sum(call.kv_gradient_bytes(keys) for keys in received)
+        returned = sum(call.kv_gradient_bytes(len(keys)) for keys in received)
         return Traffic(again.sent_bytes + returned, 3 * others, 3)
 
 
@@ -72,17 +73,18 @@ def _gathered(call: Call) -> list[tuple[Tensor, Tensor]]:
     if comm.size == 1:
         return [(call.k, call.v)]
     sent = [_sent(call, receiver) for receiver in range(comm.size)]
-    seen = [slice(0, 0) if owner == rank else call.seen(rank, owner) for owner in range(comm.size)]
-    keys = comm.all_to_all([call.k[:, :, part] for part in sent], [call.k_shape(part) for part in seen])
-    values = comm.all_to_all([call.v[:, :, part] for part in sent], [call.v_shape(part) for part in seen])
+    seen = [0 if owner == rank else len(call.seen(rank, owner)) for owner in range(comm.size)]
+    keys = comm.all_to_all([take(call.k, part) for part in sent], [call.k_shape(count) for count in seen])
+    values = comm.all_to_all([take(call.v, part) for part in sent], [call.v_shape(count) for count in seen])
     keys[rank], values[rank] = call.k, call.v
     return list(zip(keys, values, strict=True))
 
 
-def _sent(call: Call, receiver: int) -> slice:
+def _sent(call: Call, receiver: int) -> Tensor:
     """Which of this rank's keys go to another."""
-    return slice(0, 0) if receiver == call.comm.rank else call.seen(receiver, call.comm.rank)
+    seen = call.seen(receiver, call.comm.rank)
+    return seen[:0] if receiver == call.comm.rank else seen
 
 
-def _keys(call: Call, rank: int, owner: int) -> slice:
+def _keys(call: Call, rank: int, owner: int) -> slice | Tensor:
     return slice(None) if owner == rank else call.seen(rank, owner)

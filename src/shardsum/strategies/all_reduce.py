@@ -54,7 +54,7 @@ class AllReduce(Strategy):
         return Traffic(call.q.nbytes * len(others) + states_bytes, 2 * len(others), 2)
 
     def _traffic_backward(self, call: Call) -> Traffic:
-        rank, others = call.comm.rank, [r for r in range(call.comm.size) if r != call.comm.rank]
-        sent = (call.q.nbytes + call.row_bytes(rank, call.v.shape[3] + 2)) * len(others)
-        returned = sum(call.row_bytes(other, call.q.shape[3]) for other in others)
+        others = [r for r in range(call.comm.size) if r != call.comm.rank]
+        sent = (call.q.nbytes + call.row_bytes(call.q.shape[2], call.v.shape[3] + 2)) * len(others)
+        returned = sum(call.row_bytes(len(call.queries.positions[other]), call.q.shape[3]) for other in others)
         return Traffic(sent + returned, 3 * len(others), 3)

@@ -19,6 +19,10 @@ from ..masks import Mask, localize
 from ..problem import state_dtype
 from ..scores import Scores
 from ..state import AttentionState, merge
+from .circulation import Route
+
+# Local indices of rows or keys, increasing.
+Some = slice | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,17 +43,26 @@ class Call:
     scores: Scores
     q_replicated: bool
     # What was found out about the mask, which every strategy asks several times.
-    _seen: dict[tuple[int, int], slice] = field(default_factory=dict)
     _intervals_of: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    _runs_of: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _routes: dict[str, Route] = field(default_factory=dict)
 
     def partial(
-        self, q: Tensor, k: Tensor, v: Tensor, *, rows_of: int, keys_of: int, keys: slice = slice(None)
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        rows_of: int,
+        keys_of: int,
+        rows: Some = slice(None),
+        keys: Some = slice(None),
     ) -> AttentionState:
-        """The state of the query rows of one rank over the keys (or some `keys`) of one rank, computed here.
+        """The state of the query rows of one rank over the keys of one rank, or of some of them, computed here.
 
         Warns: NonFiniteWarning, naming the rank whose keys gave NaN or Inf.
         """
-        scores, intervals = self._local(rows_of, keys_of, keys)
+        scores, intervals = self._local(rows_of, keys_of, rows, keys)
         states = [self.kernel.forward(q, k, v, lo, hi, scores) for lo, hi in intervals]
         state = functools.reduce(merge, states)
         if not state.is_finite():
@@ -72,13 +85,14 @@ class Call:
         *,
         rows_of: int,
         keys_of: int,
-        keys: slice = slice(None),
+        rows: Some = slice(None),
+        keys: Some = slice(None),
     ) -> Gradients:
-        """What the query rows of one rank and the keys (or some) of one rank contribute, computed here.
+        """What the query rows of one rank and the keys of one rank, or some of them, contribute, computed here.
 
         The bias' gradient is of all its keys, zero but for these.
         """
-        scores, intervals = self._local(rows_of, keys_of, keys)
+        scores, intervals = self._local(rows_of, keys_of, rows, keys)
         parts = [self.kernel.backward(q, k, v, lo, hi, scores, gradient) for lo, hi in intervals]
         found = functools.reduce(_added, parts)
         if found.bias is None or self.scores.bias is None:
@@ -87,36 +101,70 @@ class Call:
         bias[..., self.keys.positions[keys_of][keys].to(bias.device)] = found.bias
         return Gradients(found.q, found.k, found.v, bias)
 
-    def _local(self, rows_of: int, keys_of: int, keys: slice) -> tuple[Scores, list[tuple[Tensor, Tensor]]]:
-        rows, positions = self.queries.positions[rows_of], self.keys.positions[keys_of][keys]
-        scores = self.scores if self.scores.plain else self.scores.localize(rows, positions, self.mask.own(rows))
-        return scores, [localize(lo, hi, positions) for lo, hi in self._intervals(rows_of)]
+    def _local(
+        self, rows_of: int, keys_of: int, rows: Some, keys: Some
+    ) -> tuple[Scores, list[tuple[Tensor, Tensor]]]:
+        own, positions = self.queries.positions[rows_of][rows], self.keys.positions[keys_of][keys]
+        scores = self.scores if self.scores.plain else self.scores.localize(own, positions, self.mask.own(own))
+        intervals = self._intervals(rows_of)
+        return scores, [localize(lo[:, rows], hi[:, rows], positions) for lo, hi in intervals]
 
     def _intervals(self, rows_of: int) -> list[tuple[Tensor, Tensor]]:
         if rows_of not in self._intervals_of:
             self._intervals_of[rows_of] = self.mask.intervals(self.queries.positions[rows_of])
         return self._intervals_of[rows_of]
 
-    def seen(self, rows_of: int, keys_of: int) -> slice:
+    def seen(self, rows_of: int, keys_of: int) -> Tensor:
         """The keys of one rank that some query row of another may see, as local indices: what has to travel."""
-        if (rows_of, keys_of) not in self._seen:
-            start, end = len(self.keys.positions[keys_of]), 0
-            positions = self.keys.positions[keys_of]
-            for lo, hi in (localize(lo, hi, positions) for lo, hi in self._intervals(rows_of)):
-                seeing = lo < hi
-                if bool(seeing.any()):
-                    start, end = min(start, int(lo[seeing].min())), max(end, int(hi[seeing].max()))
-            self._seen[rows_of, keys_of] = slice(start, end) if start < end else slice(0, 0)
-        return self._seen[rows_of, keys_of]
+        return self._sees(rows_of, keys_of).nonzero().flatten()
+
+    def _sees(self, rows_of: int, keys_of: int) -> Tensor:
+        starts, ends = self._runs(rows_of)
+        positions = self.keys.positions[keys_of]
+        # Runs do not overlap: a key lies in one if more of them have begun than ended.
+        return torch.searchsorted(starts, positions, right=True) > torch.searchsorted(ends, positions, right=True)
+
+    def _runs(self, rows_of: int) -> tuple[Tensor, Tensor]:
+        """The global keys that some row of a rank may see, as disjoint runs: where each starts and ends."""
+        if rows_of not in self._runs_of:
+            lo, hi = (
+                torch.cat([x.flatten() for x in bounds]) for bounds in zip(*self._intervals(rows_of), strict=True)
+            )
+            seeing = lo < hi
+            lo, order = lo[seeing].sort()
+            covered = hi[seeing][order].cummax(dim=0).values
+            gap = lo[1:] > covered[:-1]
+            edge = gap.new_ones(min(1, len(lo)))
+            self._runs_of[rows_of] = lo[torch.cat([edge, gap])], covered[torch.cat([gap, edge])]
+        return self._runs_of[rows_of]
+
+    def _rows_that_see(self, keys_of: int, rows_of: int) -> Tensor:
+        """Which query rows of one rank may see some key of another."""
+        positions = self.keys.positions[keys_of]
+        local = [localize(lo, hi, positions) for lo, hi in self._intervals(rows_of)]
+        return torch.stack([(lo < hi).any(dim=0) for lo, hi in local]).any(dim=0)
+
+    def key_route(self) -> Route:
+        """How keys go round a ring: to every rank that has a row which may see them."""
+        if "keys" not in self._routes:
+            self._routes["keys"] = Route.of(self.comm.size, self._sees)
+        return self._routes["keys"]
+
+    def row_route(self) -> Route:
+        """How query rows go round a ring: to every rank that has a key which they may see."""
+        if "rows" not in self._routes:
+            self._routes["rows"] = Route.of(self.comm.size, self._rows_that_see)
+        return self._routes["rows"]
 
     def q_shape(self, rank: int) -> tuple[int, ...]:
         return (*self.q.shape[:2], len(self.queries.positions[rank]), self.q.shape[3])
 
-    def k_shape(self, keys: slice) -> tuple[int, ...]:
-        return (*self.k.shape[:2], keys.stop - keys.start, self.k.shape[3])
+    def k_shape(self, keys: int) -> tuple[int, ...]:
+        """Of so many keys."""
+        return (*self.k.shape[:2], keys, self.k.shape[3])
 
-    def v_shape(self, keys: slice) -> tuple[int, ...]:
-        return (*self.v.shape[:2], keys.stop - keys.start, self.v.shape[3])
+    def v_shape(self, keys: int) -> tuple[int, ...]:
+        return (*self.v.shape[:2], keys, self.v.shape[3])
 
     def row_shape(self, rank: int, components: int) -> tuple[int, ...]:
         """Of so many numbers for each query row of one rank."""
@@ -124,26 +172,24 @@ class Call:
 
     # Bytes, for the closed forms of traffic.
 
-    def kv_bytes(self, keys: slice) -> int:
-        """Bytes of some keys and values, as they came."""
+    def kv_bytes(self, keys: int) -> int:
+        """Bytes of so many keys and values, as they came."""
         return self._key_elements(keys) * self.k.element_size()
 
-    def kv_gradient_bytes(self, keys: slice) -> int:
-        """Bytes of the gradients of some keys and values."""
+    def kv_gradient_bytes(self, keys: int) -> int:
+        """Bytes of the gradients of so many keys and values."""
         return self._key_elements(keys) * state_dtype(self.q.dtype).itemsize
 
-    def row_bytes(self, rank: int, components: int) -> int:
-        """Bytes of so many float32 (or wider) numbers for each query row of one rank."""
-        rows = len(self.queries.positions[rank]) * self.q.shape[0] * self.q.shape[1]
-        return rows * components * state_dtype(self.q.dtype).itemsize
+    def row_bytes(self, rows: int, components: int) -> int:
+        """Bytes of so many float32 (or wider) numbers for each of so many query rows."""
+        return rows * self.q.shape[0] * self.q.shape[1] * components * state_dtype(self.q.dtype).itemsize
 
     def state_bytes(self, rank: int) -> int:
         """Bytes of the packed state of one rank's query rows."""
-        return self.row_bytes(rank, self.v.shape[3] + 1)
+        return self.row_bytes(len(self.queries.positions[rank]), self.v.shape[3] + 1)
 
-    def _key_elements(self, keys: slice) -> int:
-        positions: int = (keys.stop - keys.start) * self.k.shape[0] * self.k.shape[1]
-        return positions * (self.k.shape[3] + self.v.shape[3])
+    def _key_elements(self, keys: int) -> int:
+        return keys * self.k.shape[0] * self.k.shape[1] * (self.k.shape[3] + self.v.shape[3])
 
 
 class Strategy(ABC):
@@ -172,7 +218,7 @@ class Strategy(ABC):
         if not call.q_replicated:
             return self._traffic_backward(call)
         others = call.comm.size - 1
-        sent_bytes = call.row_bytes(call.comm.rank, call.q.shape[3]) * others
+        sent_bytes = call.row_bytes(call.q.shape[2], call.q.shape[3]) * others
         if call.scores.bias is None:
             return Traffic(sent_bytes, others, 1)
         bias_bytes = call.scores.bias.numel() * state_dtype(call.q.dtype).itemsize

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..collectives import circulate, pack, unpack
+from ..collectives import pack, unpack
 from ..comm import Traffic
 from ..kernels import Gradients, OutputGradient
 from ..state import AttentionState, merge
 from .all_reduce import AllReduce
 from .base import Call, Strategy, pack_gradient, unpack_gradient
+from .circulation import circulate
 
 
 class PassQ(Strategy):
@@ -31,66 +32,45 @@ class PassQ(Strategy):
         if call.q_replicated:
             return AllReduce().forward(call)
 
-        def visit(owner: int, held: Sequence[Tensor]) -> Sequence[Tensor]:
-            return [pack(call.partial(held[0], call.k, call.v, rows_of=owner, keys_of=call.comm.rank))]
+        def visit(owner: int, rows: Tensor, held: Sequence[Tensor]) -> Tensor:
+            return pack(call.partial(held[0], call.k, call.v, rows_of=owner, keys_of=call.comm.rank, rows=rows))
 
-        def combine(owner: int, arrived: Sequence[Tensor], found: Sequence[Tensor]) -> Sequence[Tensor]:
-            return [pack(merge(unpack(arrived[0]), unpack(found[0])))]
+        def combine(a: Tensor, b: Tensor) -> Tensor:
+            return pack(merge(unpack(a), unpack(b)))
 
-        def result_shapes(owner: int) -> Sequence[Sequence[int]]:
-            return [call.row_shape(owner, call.v.shape[3] + 1)]
-
-        own, others = circulate(
-            call.comm,
-            (call.q,),
-            visit,
-            lambda owner: [call.q_shape(owner)],
-            combine=combine,
-            result_shapes=result_shapes,
-        )
-        return merge(unpack(own[0]), unpack(others[0])) if others else unpack(own[0])
+        own = circulate(call.comm, call.row_route(), (call.q,), visit, combine)
+        assert own is not None
+        return unpack(own)
 
     def _backward(self, call: Call, gradient: OutputGradient) -> Gradients:
         d_k: list[Tensor] = []
         d_v: list[Tensor] = []
-        rows = pack_gradient(gradient)
 
-        def visit(owner: int, held: Sequence[Tensor]) -> Sequence[Tensor]:
+        def visit(owner: int, rows: Tensor, held: Sequence[Tensor]) -> Tensor:
             q, row = held
             found = call.partial_backward(
-                q, call.k, call.v, unpack_gradient(row), rows_of=owner, keys_of=call.comm.rank
+                q, call.k, call.v, unpack_gradient(row), rows_of=owner, keys_of=call.comm.rank, rows=rows
             )
             d_k[:] = [found.k + d_k[0] if d_k else found.k]
             d_v[:] = [found.v + d_v[0] if d_v else found.v]
-            return [found.q]
+            return found.q
 
-        own, others = circulate(
-            call.comm,
-            (call.q, rows),
-            visit,
-            lambda owner: [call.q_shape(owner), call.row_shape(owner, rows.shape[3])],
-            combine=lambda owner, arrived, found: [torch.add(arrived[0], found[0])],
-            result_shapes=lambda owner: [call.q_shape(owner)],
-        )
-        return Gradients(torch.add(own[0], others[0]) if others else own[0], d_k[0], d_v[0])
+        own = circulate(call.comm, call.row_route(), (call.q, pack_gradient(gradient)), visit, torch.add)
+        assert own is not None
+        return Gradients(own, d_k[0], d_v[0])
 
     def _traffic(self, call: Call) -> Traffic:
         if call.q_replicated:
             return AllReduce().traffic(call)
-        size, rank = call.comm.size, call.comm.rank
-        queries = sum(_q_bytes(call, (rank - hop) % size) for hop in range(size - 1))
-        states = sum(call.state_bytes((rank - hop) % size) for hop in range(1, size))
-        return Traffic(queries + states, 2 * (size - 1), 2 * (size - 1))
+        route, rank = call.row_route(), call.comm.rank
+        return route.sent(rank, [_q_bytes(call)]) + route.returned(rank, call.row_bytes(1, call.v.shape[3] + 1))
 
     def _traffic_backward(self, call: Call) -> Traffic:
-        size, rank = call.comm.size, call.comm.rank
-        sent = 0
-        for hop in range(size - 1):
-            owner = (rank - hop) % size
-            sent += _q_bytes(call, owner) + call.row_bytes(owner, call.v.shape[3] + 2)
-        returned = sum(call.row_bytes((rank - hop) % size, call.q.shape[3]) for hop in range(1, size))
-        return Traffic(sent + returned, 3 * (size - 1), 3 * (size - 1))
+        route, rank = call.row_route(), call.comm.rank
+        sent = route.sent(rank, [_q_bytes(call), call.row_bytes(1, call.v.shape[3] + 2)])
+        return sent + route.returned(rank, call.row_bytes(1, call.q.shape[3]))
 
 
-def _q_bytes(call: Call, owner: int) -> int:
-    return torch.Size(call.q_shape(owner)).numel() * call.q.element_size()
+def _q_bytes(call: Call) -> int:
+    """Of one query row."""
+    return call.q.shape[0] * call.q.shape[1] * call.q.shape[3] * call.q.element_size()
