@@ -67,7 +67,7 @@ class Arguments:
         self._check_scores(problem)
         intervals = self.key_intervals
         return {
-            "layout": [layout.name, *layout.weights],
+            "layout": layout.describe(),
             "strategy": "auto" if strategy is None else strategy.name,
             "kernel": as_kernel(self.kernel).name,
             "causal": bool(self.causal),

@@ -58,8 +58,8 @@ def attention(
     t + kv_len - q_len, so the last query meets the last key, or at q_start + t.
 
     - `comm`: a Communicator, a torch ProcessGroup or one-dimensional DeviceMesh; default `connect()`.
-    - `layout`: "contiguous", "zigzag", "striped" or a `Layout`: which positions each rank's shards hold;
-      contiguous takes whatever lengths the ranks hold.
+    - `layout`: "contiguous", "zigzag", "striped" or a `Layout` (`Layout.weighted`, `Layout.packed`): which
+      positions each rank's shards hold; contiguous takes whatever lengths the ranks hold.
     - `strategy`: "all_reduce", "all_gather", "ring", "pass_q" or "auto".
     - `kernel`: "aten", "eager", "reference" or "auto".
     - `causal`: row i sees keys up to its own position. `window` (left, right): only so many keys around its own

@@ -169,7 +169,7 @@ class KVCache:
             self._layer(layer).check(k, v)
             cached = self._layer(layer).lengths.tolist()
             shape = [*k.shape[:2], k.shape[3], v.shape[3]]
-            names = [layout.name, *layout.weights]
+            names = layout.describe()
             return {"call": "append", "layer": layer, "shape": shape, "layout": names, "lengths": cached}
 
         lengths = [length for _, length in agree_on(self.comm, describe, k, k)]

@@ -6,6 +6,7 @@ ranks. Positions on a rank are increasing. There are no divisibility rules; a ra
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 Positions = Int[Tensor, " positions"]
 NAMES = ("contiguous", "zigzag", "striped")
+# What a rank's share of packed documents may lack or have too much if that saves cutting a document.
+SLACK = 0.01
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Layout:
 
     `contiguous`: rank r holds the r-th piece. `zigzag`: 2 N chunks as `torch.tensor_split` cuts them, rank r
     holding chunks r and 2 N - 1 - r, so that causal work is even. `striped`: position p is on rank p mod N.
-    `weighted`: zigzag whose chunks are in proportion to the ranks' speeds.
+    `weighted`: zigzag whose chunks are in proportion to the ranks' speeds. `packed`: documents with even work.
 
     >>> Layout("zigzag").positions(10, rank=0, size=2)
     tensor([0, 1, 2, 8, 9])
@@ -31,13 +34,19 @@ class Layout:
 
     name: str
     weights: tuple[float, ...] = ()
+    documents: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.name not in (*NAMES, "weighted"):
+        if self.name not in (*NAMES, "weighted", "packed"):
             raise ValueError(
-                f"layout must be one of {', '.join(NAMES)} or Layout.weighted([...]): got {self.name!r}."
+                f"layout must be one of {', '.join(NAMES)}, Layout.weighted([...]) or Layout.packed(cu_seqlens): "
+                f"got {self.name!r}."
             )
-
+        ends = list(self.documents)
+        if self.name != "packed" and ends:
+            raise ValueError(f"layout {self.name} has no documents: got {ends}.")
+        if self.name == "packed" and (len(ends) < 2 or ends[0] != 0 or sorted(ends) != ends):
+            raise ValueError(f"cu_seqlens must be (documents + 1,), rising from 0: got {ends}.")
         if self.name != "weighted" and self.weights:
             raise ValueError(f"layout {self.name} has no weights: got {list(self.weights)}.")
         if self.name == "weighted" and not (
@@ -57,8 +66,32 @@ class Layout:
         """
         return cls("weighted", tuple(float(weight) for weight in weights))
 
+    @classmethod
+    def packed(cls, cu_seqlens: Sequence[int] | Int[Tensor, " ends"]) -> Layout:
+        """Equal shares of the positions and of the attention work of packed documents, few documents cut.
+
+        Each rank takes some of the longest documents that are left and some of the shortest, in such a proportion
+        that it has its share of both. A document that is cut is cut as zigzag cuts: row 0 goes with its last row,
+        row 1 with the one before that. Work is the number of keys that rows see in their document, causal or
+        not. It fits sequences of the documents' length, queries and keys alike.
+
+        >>> Layout.packed([0, 4, 5, 8]).positions(8, rank=1, size=2)
+        tensor([2, 5, 6, 7])
+        """
+        return cls("packed", documents=tuple(torch.as_tensor(cu_seqlens).long().tolist()))
+
+    def describe(self) -> list[str | float]:
+        """The layout as JSON values, for the agreement."""
+        return [self.name, *self.weights, *self.documents]
+
     def positions(self, length: int, rank: int, size: int) -> Positions:
         """The global positions that `rank` of `size` holds of a sequence of `length`, increasing."""
+        if self.name == "packed":
+            if length != self.documents[-1]:
+                raise ValueError(
+                    f"Layout.packed is of {self.documents[-1]} positions: got a sequence of {length}."
+                )
+            return _packed(self.documents, size)[rank]
         if self.name == "striped":
             return torch.arange(min(rank, length), length, size)
         edges = self._edges(length, size)
@@ -117,6 +150,39 @@ class Placement:
     @property
     def length(self) -> int:
         return sum(len(positions) for positions in self.positions)
+
+
+@functools.lru_cache(maxsize=16)  # each layer of a model asks
+def _packed(documents: tuple[int, ...], size: int) -> list[Positions]:
+    """What each rank holds, as `Layout.packed` says.
+
+    Positions stand in one line, the longest document first, and in each document as row 0, the last, row 1, the
+    last but one, ...: every two of these see as many keys. Ranks take from both ends of that line.
+    """
+    ends = torch.tensor(documents)
+    lengths, order = ends.diff().sort(descending=True, stable=True)
+    line = torch.cat([_folded(int(ends[d]), int(length)) for d, length in zip(order, lengths, strict=True)])
+    starts = torch.repeat_interleave(ends[:-1], ends.diff())
+    work = torch.cat([torch.zeros(1, dtype=torch.int64), (line - starts[line] + 1).cumsum(0)])
+    cuts = torch.ones(len(line) + 1, dtype=torch.bool)  # whether the line cut there cuts a document
+    cuts[torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])] = False
+    first, last, held = 0, len(line), []
+    for ranks in range(size, 0, -1):
+        count = round((last - first) / ranks)
+        share = float(work[last] - work[first]) / ranks
+        longest = torch.arange(count + 1)  # so many from the front, the others from the back
+        front, back = first + longest, last - count + longest
+        off = (work[front] - work[first] + work[last] - work[back] - share).abs()
+        price = (off - SLACK * share).clamp(min=0) * len(line) + (cuts[front].int() + (cuts[back] & (back < last)))
+        taken = int((price + off / (4 * work[-1] + 1)).argmin())
+        held.append(torch.cat([line[first : first + taken], line[last - count + taken : last]]).sort().values)
+        first, last = first + taken, last - count + taken
+    return held
+
+
+def _folded(start: int, length: int) -> Tensor:
+    rows = torch.arange(length)
+    return start + torch.where(rows % 2 == 0, rows // 2, length - 1 - rows // 2)
 
 
 def as_layout(layout: str | Layout) -> Layout:

@@ -46,7 +46,7 @@ def unshard(
 
     def describe() -> dict[str, Any]:
         others = [size for axis, size in enumerate(x.shape) if axis != dim % x.ndim]
-        names = [layout.name, *layout.weights]
+        names = layout.describe()
         return {
             "call": "unshard",
             "dim": dim % x.ndim,
