@@ -117,6 +117,27 @@ def test_on_each_device(name: str, device: str, dtype: torch.dtype) -> None:
     check(name, q, k, v, hi * 0, hi)
 
 
+@kernels
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["full", "causal", "window"])
+def test_gradients_on_each_device(name: str, device: str, dtype: torch.dtype, kind: str) -> None:
+    shapes = ((2, 6, 300, 13), (2, 2, 310, 13), (2, 2, 310, 7), (2, 6, 300, 7))
+    q, k, v, d_out = (normal(i, *shape).to(dtype) for i, shape in enumerate(shapes))
+    hi = {"full": torch.full((1, 300), 310)}.get(kind, torch.arange(11, 311).unsqueeze(0))
+    lo = (hi - 40).clamp(min=0) if kind == "window" else hi * 0
+    j = torch.arange(310)
+    seen = ((lo.unsqueeze(-1) <= j) & (j < hi.unsqueeze(-1))).expand(2, -1, -1)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    out, lse = dense.attention(*exact, seen, 0.7)
+    expected = torch.autograd.grad(out, exact, d_out.double())
+    delta = (d_out.double() * out.detach()).sum(dim=-1)
+    gradient = OutputGradient(*(x.detach().float().to(device) for x in (d_out, lse, delta)))
+    found = as_kernel(name).backward(*(x.to(device) for x in (q, k, v)), lo, hi, Scores(0.7), gradient)
+    for what, mine, whole in zip("qkv", (found.q, found.k, found.v), expected, strict=True):
+        assert_close(mine.cpu(), whole, STATE[dtype], f"d{what} of {name}")
+
+
 def test_decode_calls_the_operator_once_with_the_group_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     """KV is read once for all heads of a group: the operator sees kv_heads heads and group * q_len queries."""
     calls = []

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import Unsupported
 from ..problem import state_dtype
 from ..scores import Scores
 from ..state import AttentionState, merge
+from . import cuda
 from .base import Bounds, Gradients, Kernel, Keys, OutputGradient, Queries, Values
 from .pieces import Piece, pieces
 from .reference import EagerKernel, ReferenceKernel
@@ -56,7 +56,7 @@ class AtenKernel(Kernel):
         self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
     ) -> Gradients:
         out = _as_operator_takes(gradient)
-        if not _for_operator(scores) or out is None or q.device.type != "cpu":
+        if not _for_operator(scores) or out is None:
             return EagerKernel().backward(q, k, v, lo, hi, scores, gradient)
         d_q, d_k, d_v = (torch.zeros_like(x, dtype=state_dtype(q.dtype)) for x in (q, k, v))
         # A row that sees no key has lse -inf; with +inf all its weights are 0.
@@ -201,20 +201,10 @@ def _attend_backward(
     """The gradients of q, k and v of one operator call."""
     folded = kind == "full"
     bias = _mask(q, k, lo, hi)[1] if kind == "masked" else None
-    head_dim, v_dim = q.shape[3], v.shape[3]
     lse = _folded(lse.unsqueeze(-1), k).squeeze(-1) if folded else lse
-    q_, d_out, out = (_folded(x, k) if folded else x for x in (q, d_out, out))
-    width = max(head_dim, v_dim)
-    tensors = (F.pad(x, (0, width - x.shape[3])) if x.shape[3] < width else x for x in (d_out, q_, k, v, out))
-    d_q, d_k, d_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(x if x.stride(3) == 1 else x.contiguous() for x in tensors),
-        lse.contiguous(),
-        0.0,
-        kind == "causal",
-        attn_mask=bias,
-        scale=scale,
-    )
-    return d_q[..., :head_dim].reshape(q.shape), d_k[..., :head_dim], d_v[..., :v_dim]
+    rows, d_out, out = (_folded(x, k) if folded else x for x in (q, d_out, out))
+    d_q, d_k, d_v = _operator_backward(rows, k, v, bias, kind == "causal", scale, d_out, out, lse)
+    return d_q.reshape(q.shape), d_k, d_v
 
 
 def _as_operator_takes(gradient: OutputGradient) -> Tensor | None:
@@ -248,6 +238,8 @@ def _operator(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """ATen's (out, lse). No keys, other strides in the last dim, or v_dim != head_dim are not for it to see."""
+    if q.device.type != "cpu":
+        return cuda.forward(q, k, v, bias, causal, scale)
     v_dim, head_dim = v.shape[3], q.shape[3]
     if v_dim < head_dim:
         v = F.pad(v, (0, head_dim - v_dim))
@@ -255,19 +247,35 @@ def _operator(
         q, k = F.pad(q, (0, v_dim - head_dim)), F.pad(k, (0, v_dim - head_dim))
     # The operator reads rows as if their elements lay side by side, and does not check it.
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=bias, scale=scale
-        )
-        return out[..., :v_dim], lse
-    if q.dtype == torch.float64:
-        raise Unsupported("the aten kernel has no float64 on CUDA. Use kernel='reference' or float32.")
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    if bias is not None:  # rows of the bias must begin at multiples of 16 bytes
-        padded = F.pad(bias, (0, -bias.shape[1] % 8))[:, : bias.shape[1]]
-        bias = padded.expand(q.shape[0], q.shape[1], *bias.shape)
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, bias, True, 0.0, causal, scale=scale
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
     )
-    return out[..., :v_dim], lse[:, :, : q.shape[2]]  # its lse is padded to a multiple of 32 rows
+    return out[..., :v_dim], lse
+
+
+def _operator_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
+    d_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ATen's gradients of q, k and v, under the same conditions."""
+    if q.device.type != "cpu":
+        return cuda.backward(q, k, v, bias, causal, scale, d_out, out, lse)
+    head_dim, v_dim = q.shape[3], v.shape[3]
+    width = max(head_dim, v_dim)
+    tensors = (F.pad(x, (0, width - x.shape[3])) if x.shape[3] < width else x for x in (d_out, q, k, v, out))
+    d_q, d_k, d_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(x if x.stride(3) == 1 else x.contiguous() for x in tensors),
+        lse.contiguous(),
+        0.0,
+        causal,
+        attn_mask=bias,
+        scale=scale,
+    )
+    return d_q[..., :head_dim], d_k[..., :head_dim], d_v[..., :v_dim]
