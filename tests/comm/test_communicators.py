@@ -12,7 +12,7 @@ from torch.distributed import FileStore
 
 from shardsum.comm import Communicator, launch
 from shardsum.comm.mpi import MpiCommunicator
-from shardsum.comm.threads import SingleCommunicator
+from shardsum.comm.threads import SingleCommunicator, ThreadCommunicator
 from shardsum.comm.torch_distributed import TorchCommunicator, connect_gloo
 from shardsum.errors import RankLost
 
@@ -33,6 +33,68 @@ def _failures(transport: str, ranks: int) -> list[dict[str, str]]:
 def test_contract(transport: str, ranks: int, contract: str) -> None:
     for rank, failures in enumerate(_failures(transport, ranks)):
         assert contract not in failures, f"on rank {rank}:\n{failures[contract]}"
+
+
+class LikeNccl:
+    """What NCCL's process group does, as far as it differs from Gloo's, over the queues of threads.
+
+    Messages of one group go together; a message by itself would wait for its peer's, which waits for this one's. A
+    wait with a timeout would stop the thread.
+    """
+
+    def __init__(self, comm: ThreadCommunicator) -> None:
+        self._comm = comm
+        self._sending: list[tuple[int, torch.Tensor]] | None = None
+        self._receiving: list[tuple[int, torch.Tensor]] = []
+
+    def _start_coalescing(self) -> None:
+        assert self._sending is None
+        self._sending, self._receiving = [], []
+
+    def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> None:
+        assert self._sending is not None, "a send by itself"
+        assert tensors[0].nbytes
+        self._sending.append((peer, tensors[0]))
+
+    def recv(self, tensors: list[torch.Tensor], peer: int, tag: int) -> None:
+        assert self._sending is not None, "a receive by itself"
+        assert tensors[0].nbytes
+        self._receiving.append((peer, tensors[0]))
+
+    def _end_coalescing(self) -> LikeNccl:
+        assert self._sending is not None
+        assert self._sending or self._receiving, "a group of nothing has no work to wait for"
+        for peer, tensor in self._sending:
+            self._comm._hub.put(self._comm.rank, peer, tensor.clone())
+        self._sending = None
+        return self._work(self._receiving)
+
+    def allgather(self, pieces: list[list[torch.Tensor]], parts: list[torch.Tensor]) -> LikeNccl:
+        for peer in range(self._comm.size):
+            self._comm._hub.put(self._comm.rank, peer, parts[0].clone())
+        return self._work(list(enumerate(pieces[0])))
+
+    def _work(self, receiving: list[tuple[int, torch.Tensor]]) -> LikeNccl:
+        work = LikeNccl(self._comm)
+        work._receiving = receiving
+        return work
+
+    def wait(self) -> None:
+        for peer, tensor in self._receiving:
+            tensor.copy_(self._comm._hub.get(peer, self._comm.rank, 60.0))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_what_nccl_is_asked_for_keeps_the_contract(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No device here: NCCL's process group is a stand-in, and CPU memory stands for the device's."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def run(comm: ThreadCommunicator) -> dict[str, str]:
+        nccl = TorchCommunicator(LikeNccl(comm), comm.rank, comm.size, "nccl")
+        nccl._device = torch.device("cpu")
+        return run_communicator_contracts(nccl)
+
+    assert launch(run, ranks=ranks, transport="threads", deadline=60.0) == [{}] * ranks
 
 
 def _communicators(comm: Communicator, directory: str, number: int) -> list[Communicator]:

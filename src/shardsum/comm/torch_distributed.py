@@ -32,8 +32,15 @@ class TorchCommunicator(Communicator):
         self.transport = transport
         self._group = group
         atexit.register(self.close)
-        # NCCL moves CUDA memory only: what lies elsewhere is taken there and back.
-        self._device = torch.device("cuda", torch.cuda.current_device()) if transport == "nccl" else None
+        self._device: torch.device | None = None
+        self._together: list[torch.device] = []
+        if transport == "nccl":
+            from torch.distributed import ProcessGroup
+
+            # NCCL moves CUDA memory only: what lies elsewhere is taken there and back.
+            self._device = torch.device("cuda", torch.cuda.current_device())
+            # A process group wants to know of which of its backends' devices a group of messages is.
+            self._together = [self._device] if isinstance(group, ProcessGroup) else []
 
     def close(self) -> None:
         super().close()
@@ -79,15 +86,29 @@ class TorchCommunicator(Communicator):
     def _start(
         self, sending: list[tuple[int, Tensor]], receiving: list[tuple[int, Tensor]]
     ) -> list[tuple[int, Any]]:
+        if not sending and not receiving:
+            return []
         try:
+            if self._device is not None:  # one thing after the other: ranks would all receive, and none send
+                self._group._start_coalescing(*self._together)
             works = [(peer, self._group.recv([piece], peer, 0)) for peer, piece in receiving]
-            return works + [(peer, self._group.send([piece], peer, 0)) for peer, piece in sending]
+            works += [(peer, self._group.send([piece], peer, 0)) for peer, piece in sending]
+            if self._device is not None:
+                return [(works[0][0], self._group._end_coalescing(*self._together))]
         except RuntimeError as failure:
             raise RankLost(f"rank {self.rank} could not start sending: {failure}") from failure
+        return works
 
     def _wait(self, work: Any, peer: int | None = None) -> None:
+        """Wait until it is done; with NCCL, only let what this rank computes from here on wait for it.
+
+        A timeout would make NCCL hold up this thread; its group has its own, which ends the process.
+        """
         try:
-            work.wait(timedelta(seconds=self.deadline_seconds))
+            if self._device is None:
+                work.wait(timedelta(seconds=self.deadline_seconds))
+            else:
+                work.wait()
         except RuntimeError as failure:
             who = "a peer" if peer is None else f"rank {peer}"
             raise RankLost(f"rank {self.rank} waited for {who}, which is gone or stuck: {failure}") from failure
