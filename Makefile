@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types unit examples nightly bench clean
+.PHONY: demo test lint types unit examples nightly bench peers clean
 
 demo: .venv/installed  ## a real model answers from a text whose memory lies on two ranks
 	$(BIN)/shardsum demo -n 2
@@ -26,6 +26,15 @@ nightly: .venv/installed  ## what takes too long for every commit
 bench: .venv/installed  ## ratios against one process, on an otherwise idle machine
 	$(BIN)/python benchmarks/ratios.py
 
+peers: .venv-peers/installed  ## ours beside other libraries, on an otherwise idle machine
+	$(BIN)/python benchmarks/peers.py
+
+# Beside .venv, not in it: without what they ask for, which is other torches.
+.venv-peers/installed: benchmarks/peers.txt .venv/installed
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	  --upgrade --target .venv-peers -r benchmarks/peers.txt
+	touch $@
+
 # The constraint holds for this .venv alone: torch 2.13.0 is a CPU build on the usual index.
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -35,4 +44,4 @@ bench: .venv/installed  ## ratios against one process, on an otherwise idle mach
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -49,11 +49,7 @@ class AttentionState:
 
     def is_finite(self) -> bool:
         """Whether no row holds NaN or Inf; an empty row, whose lse is -inf, is as it should be."""
-        lse_is_good = not bool((self.lse.isnan() | (self.lse == torch.inf)).any())
-        if self.out.dtype == torch.float64:
-            return lse_is_good and bool(self.out.isfinite().all())
-        # One pass without a temporary: a float64 sum of float32 cannot overflow.
-        return lse_is_good and bool(self.out.sum(dtype=torch.float64).isfinite())
+        return not bool((self.lse.isnan() | (self.lse == torch.inf)).any()) and all_finite(self.out)
 
     @classmethod
     def empty(
@@ -69,6 +65,15 @@ class AttentionState:
         """
         out = torch.zeros(shape, dtype=dtype, device=device)
         return cls(out, torch.full(shape[:-1], -torch.inf, dtype=dtype, device=device))
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no element is NaN or Inf.
+
+    A sum over one that is not is not finite either, and is one pass without a temporary; only a sum of finite
+    elements that overflows needs another look.
+    """
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 
 def merge(a: AttentionState, b: AttentionState) -> AttentionState:
@@ -96,7 +101,7 @@ def merge(a: AttentionState, b: AttentionState) -> AttentionState:
     lse = shift + total.log()
     # An empty row divides 0 by 1; every other total is at least 1.
     total = total.masked_fill(total == 0.0, 1.0)
-    out = a.out * (weight_a / total).unsqueeze(-1) + b.out * (weight_b / total).unsqueeze(-1)
+    out = (a.out * (weight_a / total).unsqueeze(-1)).add_(b.out * (weight_b / total).unsqueeze(-1))
     return AttentionState(out, lse)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
+from shardsum.comm import Traffic
 from shardsum.state import AttentionState
 from shardsum.strategies import STRATEGIES, Call, Ring
 
@@ -20,6 +21,12 @@ def test_all_is_right(capsys: pytest.CaptureFixture[str]) -> None:
         (s, layout) for s in STRATEGIES for layout in ("contiguous", "zigzag", "striped", "weighted")
     }
     assert all(error < 1e-6 for row in result["largest_error"].values() for error in row.values())
+    traffic = {(row["mask"], row["layout"], row["strategy"]): row for row in result["traffic"]}
+    assert len(traffic) == 3 * 2 * 6
+    assert all(row["as_declared"] for row in traffic.values())
+    # Of the other half's 240 keys rank 1 sees 63, each 2 heads of 40 float32 numbers; rank 0 sees none.
+    window = traffic["window 64", "contiguous", "ring"]
+    assert window["lower_bound_bytes"] == window["forward"]["counted_bytes"] == 63 * 2 * 40 * 4
 
 
 def test_a_wrong_strategy_is_found(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,3 +43,21 @@ def test_a_wrong_strategy_is_found(capsys: pytest.CaptureFixture[str], monkeypat
     wrong = {line.split("│")[1].strip() for line in done.out.splitlines() if "WRONG" in line}
     assert wrong == {"ring", "hybrid"}  # which has a ring between its nodes
     assert "strategy ring" in done.out
+
+
+def test_traffic_that_was_not_declared_is_found(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Ring._traffic_backward
+
+    def less(self: Ring, call: Call) -> Traffic:
+        declared = right(self, call)
+        declared.sent_bytes -= 4 * (call.comm.rank == 1)
+        return declared
+
+    monkeypatch.setattr(Ring, "_traffic_backward", less)
+    done = shardsum(capsys, "verify", "-n", 2, "--transport", "threads", "--json")
+    assert done.status == 1
+    assert not done.json["ok"]
+    wrong = {row["strategy"] for row in done.json["results"][0]["traffic"] if not row["as_declared"]}
+    assert wrong == {"ring", "hybrid"}

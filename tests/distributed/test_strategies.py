@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,7 @@ from shardsum import AttentionState, Layout, Mismatch, NonFiniteWarning, RankLos
 from shardsum.comm import Communicator
 from shardsum.strategies import STRATEGIES, as_strategy
 
-from .cases import Case, Recorded, layout_of, run_all, run_case, supported
+from .cases import MASKS, Case, Recorded, layout_of, run_all, run_case, supported
 
 # Cases with a NaN in a visible key are among them: that they warn is tested below.
 pytestmark = pytest.mark.filterwarnings("ignore::shardsum.NonFiniteWarning")
@@ -32,10 +33,11 @@ def test_against_float64_in_processes(transport: str) -> None:
 
 def declared_is_counted(comm: Communicator, name: str) -> None:
     strategy = Recorded(STRATEGIES[name]())
-    for layout in ("contiguous", "zigzag", "weighted", "ragged"):
-        for dtype in (torch.float32, torch.bfloat16):
-            for q_replicated in (False, True):
-                run_case(comm, Case("causal", layout, dtype=dtype), strategy, "aten", q_replicated)
+    for mask, layout in itertools.product(MASKS, ("contiguous", "zigzag", "weighted", "ragged")):
+        for q_replicated in (False, True):
+            run_case(comm, Case(mask, layout), strategy, "aten", q_replicated)
+            if mask == "causal":
+                run_case(comm, Case(mask, layout, dtype=torch.bfloat16), strategy, "aten", q_replicated)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

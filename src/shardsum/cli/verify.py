@@ -20,6 +20,7 @@ from ..layouts import Layout
 from ..sharding import shard
 from ..strategies import STRATEGIES
 from .common import console, launchers_rank, on_ranks, print_json, progress, rank_options
+from .traffic import check_traffic, traffic_table
 
 RANKS = 3
 Q_LEN, KV_LEN, Q_HEADS, KV_HEADS, HEAD_DIM, V_DIM = 43, 61, 6, 2, 16, 24
@@ -44,6 +45,8 @@ LAYOUTS = ("contiguous", "zigzag", "striped", "weighted")
 def verify(ranks: int | None, transport: str | None, as_json: bool) -> int | None:
     """Check every strategy, layout, mask and transport that this machine has against float64, on every rank.
 
+    And the bytes that each strategy declares against those that are counted, beside the least that rows need:
+    the keys and values that they see and their rank does not hold.
     Exit status 1 if anything is wrong.
 
     \b
@@ -59,11 +62,13 @@ def verify(ranks: int | None, transport: str | None, as_json: bool) -> int | Non
     if not results:
         return None
     failures = [failure for one in results for failure in one["failures"]]
+    ok = not failures and all(row["as_declared"] for one in results for row in one["traffic"])
     if as_json:
-        print_json({"tolerance": TOLERANCE, "ok": not failures, "results": results})
+        print_json({"tolerance": TOLERANCE, "ok": ok, "results": results})
     else:
         _show(results, failures)
-    return 1 if failures else None
+        _show_traffic(results)
+    return None if ok else 1
 
 
 def _cases() -> Iterator[tuple[str, str, str, str, bool]]:
@@ -114,6 +119,7 @@ def check_all(comm: Communicator) -> dict[str, Any]:
             for (strategy, name, mask, kernel, q_replicated), error in zip(cases, worst, strict=True)
             if not error <= TOLERANCE
         ],
+        "traffic": check_traffic(comm),
     }  # fmt: skip
 
 
@@ -150,3 +156,15 @@ def _show(results: list[dict[str, Any]], failures: list[dict[str, Any]]) -> None
     )
     for failure in failures[:20]:
         out.print("wrong: " + ", ".join(f"{key} {value}" for key, value in failure.items()))
+
+
+def _show_traffic(results: list[dict[str, Any]]) -> None:
+    out = console()
+    out.print()
+    out.print(traffic_table(results[0]["traffic"]))
+    right = [row["as_declared"] for one in results for row in one["traffic"]]
+    names = ", ".join(one["transport"] for one in results)
+    out.print(
+        f"{sum(right)} of {len(right)} times, over {names}, each rank's bytes, messages and rounds were as "
+        "declared. Lower bound: the keys and values that rows see and their rank lacks."
+    )

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..problem import state_dtype
 from ..scores import Scores
-from ..state import AttentionState, merge
+from ..state import AttentionState, all_finite, merge
 from . import cuda
 from .base import Bounds, Gradients, Kernel, Keys, OutputGradient, Queries, Values
 from .pieces import Piece, pieces
@@ -58,12 +58,11 @@ class AtenKernel(Kernel):
         out = _as_operator_takes(gradient)
         if not _for_operator(scores) or out is None:
             return EagerKernel().backward(q, k, v, lo, hi, scores, gradient)
-        d_q, d_k, d_v = (torch.zeros_like(x, dtype=state_dtype(q.dtype)) for x in (q, k, v))
         # A row that sees no key has lse -inf; with +inf all its weights are 0.
         lse = gradient.lse.masked_fill(gradient.lse == -torch.inf, torch.inf)
-        _backward(q, k, v, lo, hi, scores.scale, (gradient.out, out, lse), (d_q, d_k, d_v))
-        if all(bool(x.sum(dtype=torch.float64).isfinite()) for x in (d_q, d_k, d_v)):
-            return Gradients(d_q, d_k, d_v)
+        found = _backward(q, k, v, lo, hi, scores.scale, (gradient.out, out, lse))
+        if all(map(all_finite, found)):
+            return Gradients(*found)
         return EagerKernel().backward(q, k, v, lo, hi, scores, gradient)
 
 
@@ -96,15 +95,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: flo
     if whole.out.numel() == 0 or q.shape[3] == 0:
         return whole
     for b in _sequences(lo, hi):
-        total = AttentionState(whole.out[b], whole.lse[b])
+        total, empty = AttentionState(whole.out[b], whole.lse[b]), True
         for piece in _pieces(lo[b], hi[b], k[b]):
             rows, part, bounds = _cut(piece, k[b], v[b], lo[b], hi[b], dtype)
             state = _attend(piece.kind, q[b, :, rows].to(dtype), *part, *bounds, scale)
             if rows == slice(0, q.shape[2]):
-                total = merge(total, state)
+                total = state if empty else merge(total, state)
             else:
                 merged = merge(AttentionState(total.out[:, :, rows], total.lse[:, :, rows]), state)
                 total.out[:, :, rows], total.lse[:, :, rows] = merged.out, merged.lse
+            empty = False
         if b == slice(None):
             return total
         whole.out[b], whole.lse[b] = total.out, total.lse
@@ -119,22 +119,29 @@ def _backward(
     hi: Tensor,
     scale: float,
     outputs: tuple[Tensor, Tensor, Tensor],
-    gradients: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    """Add what each piece contributes to the gradients of q, k and v; outputs: (out_gradient, out, lse)."""
-    dtype = state_dtype(q.dtype)
-    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
-        return
-    for b in _sequences(lo, hi):
-        d_q, d_k, d_v = (gradient[b] for gradient in gradients)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, piece by piece; outputs: (out_gradient, out, lse)."""
+    dtype, total = state_dtype(q.dtype), None
+    everything = slice(None), slice(0, q.shape[2]), slice(0, k.shape[2])
+    sequences = _sequences(lo, hi) if q.numel() and k.numel() and v.numel() else []
+    for b in sequences:
         for piece in _pieces(lo[b], hi[b], k[b]):
             rows, part, bounds = _cut(piece, k[b], v[b], lo[b], hi[b], dtype)
             keys = slice(piece.key, piece.key_end)
             own = [x[b, :, rows].to(dtype) for x in (q, *outputs)]
             found = _attend_backward(piece.kind, own[0], *part, *bounds, scale, *own[1:])
-            d_q[:, :, rows] += found[0]
-            d_k[:, :, keys] += found[1]
-            d_v[:, :, keys] += found[2]
+            if total is None and (b, rows, keys) == everything:
+                total = found
+                continue
+            total = _zeros(q, k, v) if total is None else total
+            for gradient, part_of_it, where in zip(total, found, (rows, keys, keys), strict=True):
+                gradient[b, :, where] += part_of_it
+    return _zeros(q, k, v) if total is None else total
+
+
+def _zeros(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    d_q, d_k, d_v = (torch.zeros_like(x, dtype=state_dtype(q.dtype)) for x in (q, k, v))
+    return d_q, d_k, d_v
 
 
 def _pieces(lo: Tensor, hi: Tensor, k: Tensor) -> Iterator[Piece]:
@@ -213,12 +220,13 @@ def _as_operator_takes(gradient: OutputGradient) -> Tensor | None:
     The multiple of the gradient that has this product with it: where no gradient flows into lse, the final out
     would do as well, but need not travel for it.
     """
-    d_out = gradient.out.double()
-    square = d_out.square().sum(dim=-1)
+    # In float64 no square is lost, and no copy of the gradient is made for it.
+    square = torch.linalg.vector_norm(gradient.out, dim=-1, dtype=torch.float64).square()
     if bool(((square == 0) & (gradient.delta != 0)).any()):
         return None
-    factor = gradient.delta.double() / square.masked_fill(square == 0, 1.0)
-    return (d_out * factor.unsqueeze(-1)).to(gradient.out.dtype)
+    factor = gradient.delta / square.masked_fill(square == 0, 1.0)
+    multiple: Tensor = gradient.out * factor.to(gradient.out.dtype).unsqueeze(-1)
+    return multiple
 
 
 def _folded(x: Tensor, k: Tensor) -> Tensor:

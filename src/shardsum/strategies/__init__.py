@@ -6,6 +6,7 @@ from ..errors import Unsupported
 from .all_gather import AllGather
 from .all_reduce import AllReduce
 from .base import Call, Strategy
+from .bound import lower_bound_bytes
 from .hybrid import Hybrid
 from .pass_q import PassQ
 from .ring import Ring
@@ -30,6 +31,7 @@ __all__ = [
     "Ulysses",
     "as_strategy",
     "choose",
+    "lower_bound_bytes",
 ]
 
 

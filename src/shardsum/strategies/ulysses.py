@@ -176,8 +176,10 @@ class _Node:
         own = heads[self.comm.rank]
         shapes = [(x.shape[0], own.stop - own.start, len(p), x.shape[3]) for p in placement.positions]
         parts = self.comm.all_to_all([x[:, part] for part in heads], shapes)
-        order = torch.cat(placement.positions).argsort().to(x.device)
-        return torch.cat(parts, dim=2).index_select(2, order)
+        whole = x.new_empty(x.shape[0], own.stop - own.start, placement.length, x.shape[3])
+        for positions, part in zip(placement.positions, parts, strict=True):
+            whole.index_copy_(2, positions.to(x.device), part)
+        return whole
 
     def scatter(self, x: Tensor, heads: Sequence[slice], placement: Placement) -> list[Tensor]:
         """Each rank's heads of this rank's positions; x has this rank's heads of all the node's positions."""
