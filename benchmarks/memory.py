@@ -1,6 +1,6 @@
 """Peak memory of each rank in the ring's forward and backward pass, at one total length, on 1, 2 and 4 ranks.
 
-    python benchmarks/memory.py [--length 16384] [--transport mpi] [--write benchmarks/results/memory.jsonl]
+    python benchmarks/memory.py [--length 4096] [--transport mpi] [--write benchmarks/results/memory.jsonl]
 
 Each rank is a process that makes its own shards only. Its peak resident size is Linux's VmHWM, set back to the
 present size (5 written to /proc/self/clear_refs) once a small call has loaded and made all that a call needs; the
@@ -21,7 +21,7 @@ from rich.table import Table
 import shardsum
 from shardsum import Layout
 
-HEADS, HEAD_DIM, LAYOUT = 8, 64, "zigzag"
+HEADS, HEAD_DIM, LAYOUT = 64, 128, "zigzag"
 RANKS = (1, 2, 4)
 
 
@@ -57,7 +57,7 @@ def measure(length: int, transport: str, strategy: str = "ring") -> dict[int, in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=16384)
+    parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--transport", default="mpi", choices=["mpi", "gloo"])
     parser.add_argument("--strategy", default="ring")
     parser.add_argument("--write", type=Path, help="append a JSON line to this file")
