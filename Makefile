@@ -27,7 +27,7 @@ bench: .venv/installed  ## ratios against one process, on an otherwise idle mach
 	$(BIN)/python benchmarks/ratios.py
 
 # The constraint holds for this .venv alone: torch 2.13.0 is a CPU build on the usual index.
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt $(wildcard native/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mpi,hf,dev]'

@@ -133,7 +133,7 @@ def test_decode_calls_the_operator_once_with_the_group_folded(monkeypatch: pytes
 
 
 def test_an_unknown_kernel_is_refused() -> None:
-    with pytest.raises(Unsupported, match="kernel must be auto, aten, eager, reference: got 'flash'"):
+    with pytest.raises(Unsupported, match="kernel must be auto, aten, eager, native, reference: got 'flash'"):
         as_kernel("flash")
 
 

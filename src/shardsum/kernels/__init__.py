@@ -5,11 +5,27 @@ from __future__ import annotations
 from ..errors import Unsupported
 from .aten import AtenKernel
 from .base import Gradients, Kernel, OutputGradient
+from .native import NativeKernel, instruction_sets
 from .reference import EagerKernel, ReferenceKernel
 
-KERNELS: dict[str, type[Kernel]] = {"aten": AtenKernel, "eager": EagerKernel, "reference": ReferenceKernel}
+KERNELS: dict[str, type[Kernel]] = {
+    "aten": AtenKernel,
+    "eager": EagerKernel,
+    "native": NativeKernel,
+    "reference": ReferenceKernel,
+}
 
-__all__ = ["KERNELS", "AtenKernel", "Gradients", "Kernel", "OutputGradient", "ReferenceKernel", "as_kernel"]
+__all__ = [
+    "KERNELS",
+    "AtenKernel",
+    "Gradients",
+    "Kernel",
+    "NativeKernel",
+    "OutputGradient",
+    "ReferenceKernel",
+    "as_kernel",
+    "instruction_sets",
+]
 
 
 def as_kernel(kernel: str | Kernel) -> Kernel:

@@ -1,0 +1,8 @@
+// The table of one instruction set's operations.
+#include "operations.h"
+
+namespace SHARDSUM_ISA {
+
+extern const Kernels kernels{prefill};
+
+}  // namespace SHARDSUM_ISA
