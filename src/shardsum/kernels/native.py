@@ -85,7 +85,7 @@ def _check(q: Tensor, v: Tensor) -> None:
 def _call(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scores: Scores
 ) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """What all operations are told, as native/module.cpp takes it apart, and the tensors that must live until then."""
+    """What all operations are told, as native/module.cpp takes it apart, and the tensors that it points to."""
     lo, hi = (bound.expand(lo.shape).contiguous() for bound in torch.broadcast_tensors(lo, hi))
     alive = [lo, hi]
 
