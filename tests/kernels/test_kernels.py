@@ -38,7 +38,10 @@ def check(
     seen = ((lo.unsqueeze(-1) <= j) & (j < hi.unsqueeze(-1))).expand(q.shape[0], -1, -1)
     out, lse = dense.attention(q.cpu(), k.cpu(), v.cpu(), seen, 0.7)
     assert state.out.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
-    assert_close(state.out.cpu(), out, STATE[q.dtype], f"out of {name}")
+    # Where terms cancel, an eighth of the tolerance is allowed of their size.
+    terms = dense.attention(q.cpu(), k.cpu(), v.cpu().abs(), seen, 0.7)[0].norm() / out.norm()
+    cancelling = max(1.0, float(terms) / 8) if bool(terms.isfinite()) else 1.0
+    assert_close(state.out.cpu(), out, STATE[q.dtype] * cancelling, f"out of {name}")
     assert_close(state.lse.cpu(), lse, STATE[q.dtype], f"lse of {name}")
 
 

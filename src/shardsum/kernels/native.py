@@ -31,12 +31,10 @@ class NativeKernel(Kernel):
     name = "native"
 
     def __init__(self, instruction_set: str | None = None) -> None:
+        missing = why_not_native()
+        if missing is not None:
+            raise Unsupported(f"{missing} kernel='aten' needs none.")
         available = instruction_sets()
-        if not available:
-            raise Unsupported(
-                "shardsum was built without its native kernels. Install it again with a C++ compiler at hand, "
-                "or use kernel='aten'."
-            )
         if instruction_set not in (None, *available):
             raise Unsupported(f"this machine runs {', '.join(available)}: got {instruction_set!r}.")
         self.instruction_set = instruction_set or available[0]
@@ -60,7 +58,7 @@ class NativeKernel(Kernel):
 
 
 @functools.cache
-def _native() -> Any:
+def _native() -> Any:  # the module is compiled; None where it was not built
     try:
         return import_module("shardsum._native")
     except ModuleNotFoundError:
@@ -72,14 +70,22 @@ def instruction_sets() -> list[str]:
     return [] if _native() is None else list(_native().instruction_sets())
 
 
+def why_not_native(q: Tensor | None = None, v: Tensor | None = None) -> str | None:
+    """Why the native kernels can't be used here, or not for these tensors, as a sentence; None where they can."""
+    if not instruction_sets():
+        return "shardsum was built without its native kernels: install it again with a C++ compiler at hand."
+    for x in (q, v):
+        if x is not None and x.device.type != "cpu":
+            return f"the native kernels are for CPUs: got tensors on {x.device}."
+        if x is not None and x.shape[3] > LARGEST_DIM:
+            return f"the native kernels take head_dim and v_dim up to {LARGEST_DIM}: got {x.shape[3]}."
+    return None
+
+
 def _check(q: Tensor, v: Tensor) -> None:
-    if q.device.type != "cpu":
-        raise Unsupported(f"the native kernel is for CPUs: got tensors on {q.device}. Use kernel='aten'.")
-    if max(q.shape[3], v.shape[3]) > LARGEST_DIM:
-        raise Unsupported(
-            f"the native kernel takes head_dim and v_dim up to {LARGEST_DIM}: got {q.shape[3]} and {v.shape[3]}. "
-            "Use kernel='aten'."
-        )
+    wrong = why_not_native(q, v)
+    if wrong is not None:
+        raise Unsupported(f"{wrong} Use kernel='aten'.")
 
 
 def _call(
