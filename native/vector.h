@@ -47,9 +47,15 @@ inline float element(bfloat16 x) {
     return f;
 }
 inline float element(float16 x) {
-    _Float16 half;
-    std::memcpy(&half, &x.bits, 2);
-    return float(half);
+    // The bits of a half, moved to their places in a float, are it times 2^-112; infinities and NaN have all ones above.
+    uint32_t bits = uint32_t(x.bits & 0x7fff) << 13;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    f *= 0x1p112f;
+    std::memcpy(&bits, &f, 4);
+    bits |= uint32_t(x.bits & 0x8000) << 16 | ((x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u);
+    std::memcpy(&f, &bits, 4);
+    return f;
 }
 
 inline Vector<float> load(const float* p) { return load_vector<Vector<float>>(p); }
