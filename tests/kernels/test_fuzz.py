@@ -48,7 +48,8 @@ def test_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> Non
 @pytest.mark.nightly
 @pytest.mark.timeout(3000)
 @pytest.mark.skipif(
-    not (shutil.which(CROSS) and shutil.which(EMULATOR)), reason=f"needs {CROSS} and {EMULATOR} (Debian's packages)"
+    not (shutil.which(CROSS) and shutil.which(EMULATOR)),
+    reason=f"needs {CROSS} and {EMULATOR} (Debian's packages)",
 )
 def test_on_aarch64(tmp_path: Path) -> None:
     target = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={CROSS}")
