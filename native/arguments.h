@@ -45,4 +45,6 @@ struct Backward : Attention {
 // The operations as compiled for one instruction set.
 struct Kernels {
     void (*prefill)(const Forward&);
+    double (*read_memory)(const float* data, int64_t count, int threads);
+    double (*multiply_add)(bool of_bfloat16, int64_t rounds, int threads);
 };

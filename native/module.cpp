@@ -75,9 +75,21 @@ void prefill(const std::string& isa, int type, const Sizes& sizes, const Strided
     kernels.prefill(a);
 }
 
+double read_memory(const std::string& isa, intptr_t data, int64_t count, int threads) {
+    nb::gil_scoped_release release;
+    return kernels_of(isa).read_memory(pointer<const float>(data), count, threads);
+}
+
+double multiply_add(const std::string& isa, bool of_bfloat16, int64_t rounds, int threads) {
+    nb::gil_scoped_release release;
+    return kernels_of(isa).multiply_add(of_bfloat16, rounds, threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
     m.def("instruction_sets", that_run_here, "The instruction sets that run on this machine, the best first.");
     m.def("prefill", prefill);
+    m.def("read_memory", read_memory);
+    m.def("multiply_add", multiply_add);
 }

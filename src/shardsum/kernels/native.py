@@ -47,7 +47,7 @@ class NativeKernel(Kernel):
         state = AttentionState.empty(*q.shape[:3], v.shape[3], dtype=state_dtype(q.dtype))
         if state.out.numel() and k.shape[2]:
             call, kept_alive = _call(q, k, v, lo, hi, scores)
-            _native().prefill(self.instruction_set, *call, state.out.data_ptr(), state.lse.data_ptr())
+            native_module().prefill(self.instruction_set, *call, state.out.data_ptr(), state.lse.data_ptr())
             del kept_alive
         return state
 
@@ -58,7 +58,7 @@ class NativeKernel(Kernel):
 
 
 @functools.cache
-def _native() -> Any:  # the module is compiled; None where it was not built
+def native_module() -> Any:  # the module is compiled; None where it was not built
     try:
         return import_module("shardsum._native")
     except ModuleNotFoundError:
@@ -67,7 +67,7 @@ def _native() -> Any:  # the module is compiled; None where it was not built
 
 def instruction_sets() -> list[str]:
     """The instruction sets that the native kernels can use here, the best first; none if they were not built."""
-    return [] if _native() is None else list(_native().instruction_sets())
+    return [] if native_module() is None else list(native_module().instruction_sets())
 
 
 def why_not_native(q: Tensor | None = None, v: Tensor | None = None) -> str | None:
