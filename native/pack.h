@@ -1,6 +1,8 @@
 // Copies of parts of tensors in the form and type that products want.
 #pragma once
 
+#include <algorithm>
+
 #include "arguments.h"
 #include "vector.h"
 
@@ -23,20 +25,68 @@ inline void pack_rows(const E* from, int64_t stride, int64_t rows, int64_t size,
     }
 }
 
-// `rows` rows of `size` elements, transposed: element (i, j) is to[j * width + i], zeros behind the last row.
+// Up to a vector of elements from p on, zeros behind the first n.
+template <typename T, typename E> inline Vector<T> load_words(const E* p, int64_t n) {
+    return n >= lanes<T> ? Vector<T>(load(p)) : Vector<T>(load_some(p, int(n)));
+}
+
+// `rows` rows of `size` elements, transposed: element (i, j) is to[j * width + i], zeros behind the last row up to a
+// whole vector. `width`: a multiple of a vector.
 template <typename E, typename T>
 inline void pack_columns(const E* from, int64_t stride, int64_t rows, int64_t size, T* to, int64_t width) {
-    for (int64_t j = 0; j < size; j++) {
-        for (int64_t i = 0; i < rows; i++) to[j * width + i] = element(from[i * stride + j]);
-        for (int64_t i = rows; i < width; i++) to[j * width + i] = 0;
+    constexpr int n = lanes<T>;
+    for (int64_t i = 0; i < rows; i += n)
+        for (int64_t j = 0; j < size; j += n) {
+            Vector<T> square[n];
+            for (int64_t r = 0; r < n; r++)
+                square[r] = i + r < rows ? load_words<T>(from + (i + r) * stride + j, size - j) : Vector<T>{};
+            transpose<T>(square);
+            for (int64_t c = 0; c < n && j + c < size; c++) store_vector(to + (j + c) * width + i, square[c]);
+        }
+}
+
+// The same for pairs along the rows; `pairs` of them, zeros behind the last element.
+inline void pack_columns(const bfloat16* from, int64_t stride, int64_t rows, int64_t size, int64_t pairs, Pair* to, int64_t width) {
+    constexpr int n = lanes<float>;
+    for (int64_t i = 0; i < rows; i += n)
+        for (int64_t j = 0; j < pairs; j += n) {
+            Vector<float> square[n];
+            for (int64_t r = 0; r < n; r++) {
+                square[r] = Vector<float>{};
+                int64_t left = std::min(size - 2 * j, int64_t(2 * n));
+                if (i + r < rows && left == 2 * n) square[r] = load_vector<Vector<float>>(from + (i + r) * stride + 2 * j);
+                else if (i + r < rows && left > 0) std::memcpy(&square[r], from + (i + r) * stride + 2 * j, left * 2);
+            }
+            transpose<float>(square);
+            for (int64_t c = 0; c < n && j + c < pairs; c++) store_vector(to + (j + c) * width + i, square[c]);
+        }
+}
+
+// Rows 2 i and 2 i + 1 of `rows` as pairs, to[i * width ...]; zeros behind the last row and element, up to `pairs` of rows.
+inline void pack_row_pairs(const bfloat16* from, int64_t stride, int64_t rows, int64_t size, int64_t pairs, Pair* to, int64_t width) {
+    for (int64_t i = 0; i < pairs; i++, to += width) {
+        const bfloat16 *first = from + 2 * i * stride, *second = first + stride;
+        int64_t whole = 2 * i < rows ? size : 0, halves = 2 * i + 1 < rows ? size : 0;
+        for (int64_t j = 0; j < halves; j++) to[j].bits = first[j].bits | uint32_t(second[j].bits) << 16;
+        for (int64_t j = halves; j < whole; j++) to[j].bits = first[j].bits;
+        for (int64_t j = whole; j < width; j++) to[j].bits = 0;
     }
 }
 
-// Whether all elements of these rows are finite.
-template <typename T> inline bool all_finite(const T* from, int64_t stride, int64_t rows, int64_t size) {
+// Rows times 1 or -1, as pairs; zeros behind, up to `width` pairs.
+inline void pack_rows(const bfloat16* from, int64_t stride, int64_t rows, int64_t size, int sign, Pair* to, int64_t width) {
+    const uint16_t flip = sign < 0 ? 0x8000 : 0;
+    for (int64_t i = 0; i < rows; i++, from += stride, to += width) {
+        uint16_t* row = reinterpret_cast<uint16_t*>(to);
+        for (int64_t j = 0; j < size; j++) row[j] = from[j].bits ^ flip;
+        for (int64_t j = size; j < 2 * width; j++) row[j] = 0;
+    }
+}
+
+// Whether all elements of a row are finite.
+template <typename T, typename E> inline bool all_finite(const E* from, int64_t size) {
     Vector<T> zero{};
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < size; j += lanes<T>) zero += load(from + i * stride + j) * T(0);
+    for (int64_t j = 0; j < size; j += lanes<T>) zero += load_words<T>(from + j, size - j) * T(0);
     return sum_of<T>(zero) == 0;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "arguments.h"
 #include "vector.h"
@@ -26,11 +27,11 @@ template <typename T> inline T query_factor(const Attention& a) {
 // Whether a score is the scaled product and nothing else.
 inline bool is_plain(const Attention& a) { return a.softcap == 0 && a.alibi_slopes == nullptr; }
 
-// Softcap and ALiBi, of one row's products with the keys [first, first + size).
+// Softcap and ALiBi, of one row's products with the keys [first, first + size); s holds whole vectors.
 template <typename T>
 inline void finish_scores(const Attention& a, int64_t sequence, int64_t head, int64_t row, int64_t first, int64_t size, T* s) {
     if (a.softcap != 0)
-        for (int64_t j = 0; j < size; j++) s[j] = T(a.softcap * LOG2_E) * std::tanh(s[j]);
+        for (int64_t j = 0; j < size; j += lanes<T>) store_vector(s + j, tanh_of<T>(load(s + j)) * T(a.softcap * LOG2_E));
     if (a.alibi_slopes != nullptr) {
         int64_t own = a.own[sequence * a.own_batch + row];
         for (int64_t j = 0; j < size; j++)

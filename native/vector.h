@@ -6,6 +6,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -22,6 +23,8 @@ namespace SHARDSUM_ISA {
 
 struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
+// Two neighbours along the inner dimension of a product, as the bfloat16 instructions take them.
+struct Pair { uint32_t bits; };
 
 template <typename T> struct VectorOf { typedef T type __attribute__((vector_size(VECTOR_BYTES))); };
 template <typename T> using Vector = typename VectorOf<T>::type;
@@ -88,49 +91,111 @@ template <typename E> inline auto load_some(const E* p, int n) {
 template <typename T> inline Vector<T> select(Vector<Integer<T>> condition, Vector<T> yes, Vector<T> no) {
     return condition ? yes : no;
 }
-// NaN in either stays.
-template <typename T> inline Vector<T> maximum(Vector<T> a, Vector<T> b) { return (a > b) | (a != a) ? a : b; }
-
-template <typename T> inline T sum_of(Vector<T> v) {
-    T total = v[0];
-    for (int i = 1; i < lanes<T>; i++) total += v[i];
-    return total;
-}
-template <typename T> inline T maximum_of(Vector<T> v) {
-    T top = v[0];
-    for (int i = 1; i < lanes<T>; i++) top = v[i] > top || v[i] != v[i] ? v[i] : top;
-    return top;
+// b where either is NaN.
+template <typename T> inline Vector<T> maximum(Vector<T> a, Vector<T> b) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<T, float>) return (Vector<T>)_mm512_max_ps((__m512)a, (__m512)b);
+#endif
+    return a > b ? a : b;
 }
 
-// 2^x for x <= 0 and a little above: relative error below 2 roundings; 0 below the smallest normal number; NaN stays.
-// Numerics: x = n + f with |f| <= 1/2; the Taylor series of e^(f ln 2), cut where its rest is below a rounding.
-inline Vector<float> exp2(Vector<float> x) {
-    typedef Vector<int32_t> Ints;
-    const Vector<float> magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    Vector<float> clamped = x < -126.0f ? broadcast(-126.0f) : x;
-    Vector<float> shifted = clamped + magic;
-    Vector<float> f = clamped - (shifted - magic);
-    Vector<float> p = broadcast(1.5403530e-4f);
-    p = p * f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
-    p = p * f + 1.0f;
-    Vector<float> scaled = (Vector<float>)((Ints)p + ((Ints)shifted << 23));
-    return x < -126.0f ? Vector<float>{} : scaled;
+template <int STEP, typename V, int... I> inline V exchanged(V v, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(v, v, (I ^ STEP)...);
 }
-inline Vector<double> exp2(Vector<double> x) {
-    typedef Vector<int64_t> Ints;
-    const Vector<double> magic = broadcast(6755399441055744.0);
-    Vector<double> clamped = x < -1022.0 ? broadcast(-1022.0) : x;
-    Vector<double> shifted = clamped + magic;
-    Vector<double> g = (clamped - (shifted - magic)) * 0.69314718055994530942;
-    Vector<double> p = broadcast(1.0 / 6227020800.0);
-    for (double factorial : {479001600.0, 39916800.0, 3628800.0, 362880.0, 40320.0, 5040.0, 720.0, 120.0, 24.0, 6.0, 2.0, 1.0, 1.0})
-        p = p * g + 1.0 / factorial;
-    Vector<double> scaled = (Vector<double>)((Ints)p + ((Ints)shifted << 52));
-    return x < -1022.0 ? Vector<double>{} : scaled;
+// Lane i of the result is lane i ^ STEP of v.
+template <int STEP, typename T> inline Vector<T> exchanged(Vector<T> v) {
+    return exchanged<STEP>(v, std::make_integer_sequence<int, lanes<T>>());
+}
+template <typename T, int STEP = lanes<T> / 2> inline T sum_of(Vector<T> v) {
+    v += exchanged<STEP, T>(v);
+    if constexpr (STEP > 1) return sum_of<T, STEP / 2>(v);
+    return v[0];
+}
+template <typename T, int STEP = lanes<T> / 2> inline T maximum_of(Vector<T> v) {
+    v = maximum<T>(exchanged<STEP, T>(v), v);
+    if constexpr (STEP > 1) return maximum_of<T, STEP / 2>(v);
+    return v[0];
+}
+
+template <int STEP, bool SECOND, typename V, int... I> inline V crossed(V a, V b, std::integer_sequence<int, I...>) {
+    constexpr int n = sizeof...(I);
+    return __builtin_shufflevector(a, b, ((I & STEP) ? (SECOND ? n + I : n + I - STEP) : (SECOND ? I + STEP : I))...);
+}
+// Rows become columns, of lanes<T> vectors: at each step, quarters change places in squares of 2 STEP.
+template <typename T, int STEP = lanes<T> / 2> inline void transpose(Vector<T>* rows) {
+    constexpr auto all = std::make_integer_sequence<int, lanes<T>>();
+    for (int i = 0; i < lanes<T>; i++) {
+        if (i & STEP) continue;
+        Vector<T> a = rows[i], b = rows[i + STEP];
+        rows[i] = crossed<STEP, false>(a, b, all);
+        rows[i + STEP] = crossed<STEP, true>(a, b, all);
+    }
+    if constexpr (STEP > 1) transpose<T, STEP / 2>(rows);
+}
+
+// A number x = n + f, n whole; 2^f - 1 = f * (c[0] + c[1] f + ...).
+template <typename T> struct Split {
+    Vector<T> n, f;
+};
+template <typename T> inline Split<T> split(Vector<T> x) {
+    const Vector<T> magic = broadcast(sizeof(T) == 4 ? T(12582912.0) : T(6755399441055744.0));  // 1.5 * 2^(digits - 1)
+    Vector<T> n = x + magic - magic;
+    return {n, x - n};
+}
+// v * 2^n for whole -bias < n < bias.
+template <typename T> inline Vector<T> scaled(Vector<T> v, Vector<T> n) {
+    const Vector<T> magic = broadcast(sizeof(T) == 4 ? T(12582912.0) : T(6755399441055744.0));
+    typedef Vector<Integer<T>> Ints;
+    return (Vector<T>)((Ints)v + ((Ints)(n + magic) << (sizeof(T) == 4 ? 23 : 52)));
+}
+
+template <typename T> inline Vector<T> polynomial(Vector<T> f, std::initializer_list<T> highest_first) {
+    Vector<T> p{};
+    for (T c : highest_first) p = p * f + c;
+    return p;
+}
+// 2^f - 1 for |f| <= 1/2, within 2 roundings of itself.
+inline Vector<float> power_less_one(Vector<float> f) {
+    return f * polynomial<float>(f, {1.535336196e-4f, 1.339887385e-3f, 9.618436918e-3f, 5.550332367e-2f, 2.402264774e-1f,
+                                     6.931471825e-1f});
+}
+inline Vector<double> power_less_one(Vector<double> f) {
+    Vector<double> g = f * 0.69314718055994530942;
+    return g * polynomial<double>(g, {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
+                                      1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0});
+}
+
+// 2^x for x below the type's largest exponent; 0 for those under its smallest normal number; NaN stays.
+// Numerics: relative error below 2 roundings, or 3.4e-6 if COARSE (for weights that are then rounded to bfloat16).
+// The coefficients are the best in relative error on the interval, by linear programming, exact at its ends.
+template <bool COARSE = false, typename T> inline Vector<T> exp2_of(Vector<T> x) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<T, float>) {
+        Vector<float> f = (Vector<float>)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
+        Vector<float> p = COARSE ? broadcast(1.355574746e-2f) : f * 1.879318850e-3f + 8.990994655e-3f;
+        p = p * f + (COARSE ? 5.203237012e-2f : 5.581867695e-2f);
+        p = p * f + (COARSE ? 2.413797677e-1f : 2.401592731e-1f);
+        p = p * f + (COARSE ? 6.930321455e-1f : 6.931517124e-1f);
+        return (Vector<float>)_mm512_scalef_ps((__m512)(p * f + 1.0f), (__m512)x);  // times 2^floor(x)
+    }
+#endif
+    const T lowest = sizeof(T) == 4 ? T(-126) : T(-1022);
+    Split<T> s = split<T>(x < lowest ? broadcast(lowest) : x);
+    Vector<T> p = scaled<T>(power_less_one(s.f) + T(1), s.n);
+    return x < lowest ? Vector<T>{} : p;
+}
+inline Vector<float> exp2(Vector<float> x) { return exp2_of<false, float>(x); }
+inline Vector<double> exp2(Vector<double> x) { return exp2_of<false, double>(x); }
+
+// Numerics: by 2^x - 1 = 2^n (2^f - 1) + (2^n - 1), so that small x keep their digits.
+template <typename T> inline Vector<T> tanh_of(Vector<T> x) {
+    Vector<T> y = x * T(2 * 1.4426950408889634074);
+    const Vector<T> limit = broadcast(T(60));
+    y = y > limit ? limit : y < -limit ? -limit : y;
+    Split<T> s = split<T>(y);
+    Vector<T> power = scaled<T>(broadcast(T(1)), s.n);
+    Vector<T> less_one = power_less_one(s.f) * power + (power - T(1));
+    return less_one / (less_one + T(2));
 }
 
 constexpr double LOG2_E = 1.4426950408889634074, LN_2 = 0.69314718055994530942;
