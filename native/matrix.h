@@ -56,14 +56,26 @@ template <typename T, int ROWS, int VECTORS> inline void multiply_tile(const Pro
     const T* a = p.a + row * p.a_row;
     const T* b = p.b + column;
     C* c = p.c + row * p.c_row + column;
-    for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < VECTORS; j++)
-            sum[i][j] = p.add ? load(c + i * p.c_row + j * lanes<C>) : Vector<C>{};
-    for (int64_t k = 0; k < p.inner; k++, a += p.a_inner, b += p.b_row)
+    if (p.add) {
+#pragma GCC unroll 6
         for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < VECTORS; j++) sum[i][j] = load(c + i * p.c_row + j * lanes<C>);
+    } else {
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < VECTORS; j++) sum[i][j] = Vector<C>{};
+    }
+    for (int64_t k = 0; k < p.inner; k++, a += p.a_inner, b += p.b_row)
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
             for (int j = 0; j < VECTORS; j++)
                 sum[i][j] = multiply_add(left(a + i * p.a_row), right(b + j * lanes<C>), sum[i][j]);
+#pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
         for (int j = 0; j < VECTORS; j++) store_vector(c + i * p.c_row + j * lanes<C>, sum[i][j]);
 }
 
@@ -141,11 +153,10 @@ template <bool TWO> inline void multiply_tiles(const Product<Pair>& p, int64_t r
 
 // a_inner is 1.
 template <> inline void multiply<Pair>(const Product<Pair>& p) {
-    for (int64_t row = 0; row < p.rows; row += 32) {
-        int64_t column = 0;
-        for (; column + 32 <= p.columns; column += 32) multiply_tiles<true>(p, row, column);
-        if (column < p.columns) multiply_tiles<false>(p, row, column);
-    }
+    int64_t column = 0;
+    for (; column + 32 <= p.columns; column += 32)
+        for (int64_t row = 0; row < p.rows; row += 32) multiply_tiles<true>(p, row, column);
+    for (int64_t row = 0; row < p.rows && column < p.columns; row += 32) multiply_tiles<false>(p, row, column);
 }
 #else
 struct TileRegisters {

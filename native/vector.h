@@ -99,6 +99,15 @@ template <typename T> inline Vector<T> maximum(Vector<T> a, Vector<T> b) {
     return a > b ? a : b;
 }
 
+template <typename T> inline bool any(Vector<Integer<T>> condition) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) return _mm512_test_epi32_mask((__m512i)condition, (__m512i)condition) != 0;
+#endif
+    Integer<T> bits = 0;
+    for (int i = 0; i < lanes<T>; i++) bits |= condition[i];
+    return bits != 0;
+}
+
 template <int STEP, typename V, int... I> inline V exchanged(V v, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(v, v, (I ^ STEP)...);
 }
