@@ -49,24 +49,18 @@ inline Vector<float> multiply_add(Pairs a, Pairs b, Vector<float> sum) {
 }
 #endif
 
-// Numerics: each element of C is one sum over `inner` in order, by FMA where there is one, whatever tile it is in.
+// Numerics: what an element of C receives is one sum over `inner` in order, by FMA where there is one, whatever tile it is
+// in; it is added to what was there at the end, so that roundings are of the small sum's size.
 template <typename T, int ROWS, int VECTORS> inline void multiply_tile(const Product<T>& p, int64_t row, int64_t column) {
     typedef Sum<T> C;
     Vector<C> sum[ROWS][VECTORS];
     const T* a = p.a + row * p.a_row;
     const T* b = p.b + column;
     C* c = p.c + row * p.c_row + column;
-    if (p.add) {
 #pragma GCC unroll 6
-        for (int i = 0; i < ROWS; i++)
+    for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
-            for (int j = 0; j < VECTORS; j++) sum[i][j] = load(c + i * p.c_row + j * lanes<C>);
-    } else {
-#pragma GCC unroll 6
-        for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 4
-            for (int j = 0; j < VECTORS; j++) sum[i][j] = Vector<C>{};
-    }
+        for (int j = 0; j < VECTORS; j++) sum[i][j] = Vector<C>{};
     for (int64_t k = 0; k < p.inner; k++, a += p.a_inner, b += p.b_row)
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; i++)
@@ -76,7 +70,10 @@ template <typename T, int ROWS, int VECTORS> inline void multiply_tile(const Pro
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < VECTORS; j++) store_vector(c + i * p.c_row + j * lanes<C>, sum[i][j]);
+        for (int j = 0; j < VECTORS; j++) {
+            C* to = c + i * p.c_row + j * lanes<C>;
+            store_vector(to, p.add ? load(to) + sum[i][j] : sum[i][j]);
+        }
 }
 
 template <typename T, int VECTORS> void multiply_columns(const Product<T>& p, int64_t column) {

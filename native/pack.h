@@ -46,24 +46,27 @@ inline void pack_columns(const E* from, int64_t stride, int64_t rows, int64_t si
 }
 
 // The same for pairs along the rows; `pairs` of them, zeros behind the last element.
-inline void pack_columns(const bfloat16* from, int64_t stride, int64_t rows, int64_t size, int64_t pairs, Pair* to, int64_t width) {
+inline void pack_columns(const bfloat16* from, int64_t stride, int64_t rows, int64_t size, int64_t pairs, Pair* to,
+                         int64_t width) {
     constexpr int n = lanes<float>;
     for (int64_t i = 0; i < rows; i += n)
         for (int64_t j = 0; j < pairs; j += n) {
             Vector<float> square[n];
             for (int64_t r = 0; r < n; r++) {
                 square[r] = Vector<float>{};
+                const bfloat16* some = from + (i + r) * stride + 2 * j;
                 int64_t left = std::min(size - 2 * j, int64_t(2 * n));
-                if (i + r < rows && left == 2 * n) square[r] = load_vector<Vector<float>>(from + (i + r) * stride + 2 * j);
-                else if (i + r < rows && left > 0) std::memcpy(&square[r], from + (i + r) * stride + 2 * j, left * 2);
+                if (i + r < rows && left == 2 * n) square[r] = load_vector<Vector<float>>(some);
+                else if (i + r < rows && left > 0) std::memcpy(&square[r], some, left * 2);
             }
             transpose<float>(square);
             for (int64_t c = 0; c < n && j + c < pairs; c++) store_vector(to + (j + c) * width + i, square[c]);
         }
 }
 
-// Rows 2 i and 2 i + 1 of `rows` as pairs, to[i * width ...]; zeros behind the last row and element, up to `pairs` of rows.
-inline void pack_row_pairs(const bfloat16* from, int64_t stride, int64_t rows, int64_t size, int64_t pairs, Pair* to, int64_t width) {
+// Rows 2 i and 2 i + 1 of `rows` as pairs, to[i * width ...]; zeros behind the last row and element, `pairs` such rows.
+inline void pack_row_pairs(const bfloat16* from, int64_t stride, int64_t rows, int64_t size, int64_t pairs, Pair* to,
+                           int64_t width) {
     for (int64_t i = 0; i < pairs; i++, to += width) {
         const bfloat16 *first = from + 2 * i * stride, *second = first + stride;
         int64_t whole = 2 * i < rows ? size : 0, halves = 2 * i + 1 < rows ? size : 0;
@@ -74,7 +77,8 @@ inline void pack_row_pairs(const bfloat16* from, int64_t stride, int64_t rows, i
 }
 
 // Rows times 1 or -1, as pairs; zeros behind, up to `width` pairs.
-inline void pack_rows(const bfloat16* from, int64_t stride, int64_t rows, int64_t size, int sign, Pair* to, int64_t width) {
+inline void pack_rows(const bfloat16* from, int64_t stride, int64_t rows, int64_t size, int sign, Pair* to,
+                      int64_t width) {
     const uint16_t flip = sign < 0 ? 0x8000 : 0;
     for (int64_t i = 0; i < rows; i++, from += stride, to += width) {
         uint16_t* row = reinterpret_cast<uint16_t*>(to);

@@ -53,8 +53,7 @@ public:
         : a(a), t(t), group(a.q_heads / a.kv_heads), rows(group * t.count), plain(is_plain(a)),
           inner(padded((a.head_dim + PER - 1) / PER, INNER_STEP<P>)), v_width(padded(a.v_dim, lanes<T>)) {
         const int64_t many = padded(rows, STRIP<P>);
-        char* memory = scratch.get<char>(place(nullptr, many) - static_cast<char*>(nullptr));
-        place(memory, many);
+        place(scratch.get<char>(place(nullptr, many)), many);
         std::fill(sum, sum + many * v_width, T(0));
         std::fill(total, total + many * lanes<T>, T(0));
         std::fill(top, top + many, -INFINITY);
@@ -86,11 +85,12 @@ private:
     Span whole;
     int64_t bad[KEYS<P>], bad_count = 0;  // keys of this block whose values are not finite
 
-    // The end of the memory from `at` on that holds everything of `many` rows.
-    char* place(char* at, int64_t many) {
+    // How many bytes hold everything of `many` rows; it is placed there if `memory` is given.
+    int64_t place(char* memory, int64_t many) {
+        int64_t bytes = 0;
         auto take = [&](auto*& piece, int64_t count) {
-            piece = reinterpret_cast<std::remove_reference_t<decltype(piece)>>(at);
-            at += padded(count * int64_t(sizeof(*piece)), 64);
+            if (memory != nullptr) piece = reinterpret_cast<std::remove_reference_t<decltype(piece)>>(memory + bytes);
+            bytes += padded(count * int64_t(sizeof(*piece)), 64);
         };
         take(q, many * inner);
         take(k, KEYS<P> * inner);
@@ -101,7 +101,7 @@ private:
         take(top, many);
         take(sees, many);
         take(strips, many / STRIP<P>);
-        return at;
+        return bytes;
     }
 
     int64_t position(int64_t r) const { return t.first + r % t.count; }
@@ -228,8 +228,8 @@ private:
         if (DROPOUT) find_kept_weights(r, key, steps, kept_weights);
         Vector<T> now = broadcast(top[r] == -INFINITY ? T(0) : top[r]), sums = load(total + r * n), more{};
         for (int64_t j = steps.begin; j < steps.end; j += 2 * n) {
-            Vector<T> first = exp2_of<paired, T>(load(s + j) * scale - now);
-            Vector<T> second = exp2_of<paired, T>(load(s + j + n) * scale - now);
+            Vector<T> first = exp2(load(s + j) * scale - now);
+            Vector<T> second = exp2(load(s + j + n) * scale - now);
             sums += first, more += second;
             if (DROPOUT) first *= load(kept_weights + j), second *= load(kept_weights + j + n);
             store_weights(s, j, first, second);
@@ -267,7 +267,7 @@ private:
             T* out = static_cast<T*>(a.out) + at * a.v_dim;
             T weight = sum_of<T>(load(total + r * lanes<T>));
             for (int64_t j = 0; j < a.v_dim; j++) out[j] = weight == 0 ? T(0) : sum[r * v_width + j] / weight;
-            static_cast<T*>(a.lse)[at] = weight == 0 ? -INFINITY : (top[r] + std::log2(weight)) * T(LN_2);
+            static_cast<T*>(a.lse)[at] = weight == 0 ? -INFINITY : T((top[r] + std::log2(double(weight))) * LN_2);
         }
     }
 };

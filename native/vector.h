@@ -175,16 +175,16 @@ inline Vector<double> power_less_one(Vector<double> f) {
 }
 
 // 2^x for x below the type's largest exponent; 0 for those under its smallest normal number; NaN stays.
-// Numerics: relative error below 2 roundings, or 3.4e-6 if COARSE (for weights that are then rounded to bfloat16).
-// The coefficients are the best in relative error on the interval, by linear programming, exact at its ends.
-template <bool COARSE = false, typename T> inline Vector<T> exp2_of(Vector<T> x) {
+// Numerics: relative error below 2 roundings. The coefficients are the best in relative error on the interval, by
+// linear programming, exact at its ends.
+template <typename T> inline Vector<T> exp2_of(Vector<T> x) {
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<T, float>) {
         Vector<float> f = (Vector<float>)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
-        Vector<float> p = COARSE ? broadcast(1.355574746e-2f) : f * 1.879318850e-3f + 8.990994655e-3f;
-        p = p * f + (COARSE ? 5.203237012e-2f : 5.581867695e-2f);
-        p = p * f + (COARSE ? 2.413797677e-1f : 2.401592731e-1f);
-        p = p * f + (COARSE ? 6.930321455e-1f : 6.931517124e-1f);
+        Vector<float> p = f * 1.879318850e-3f + 8.990994655e-3f;
+        p = p * f + 5.581867695e-2f;
+        p = p * f + 2.401592731e-1f;
+        p = p * f + 6.931517124e-1f;
         return (Vector<float>)_mm512_scalef_ps((__m512)(p * f + 1.0f), (__m512)x);  // times 2^floor(x)
     }
 #endif
@@ -193,8 +193,8 @@ template <bool COARSE = false, typename T> inline Vector<T> exp2_of(Vector<T> x)
     Vector<T> p = scaled<T>(power_less_one(s.f) + T(1), s.n);
     return x < lowest ? Vector<T>{} : p;
 }
-inline Vector<float> exp2(Vector<float> x) { return exp2_of<false, float>(x); }
-inline Vector<double> exp2(Vector<double> x) { return exp2_of<false, double>(x); }
+inline Vector<float> exp2(Vector<float> x) { return exp2_of<float>(x); }
+inline Vector<double> exp2(Vector<double> x) { return exp2_of<double>(x); }
 
 // Numerics: by 2^x - 1 = 2^n (2^f - 1) + (2^n - 1), so that small x keep their digits.
 template <typename T> inline Vector<T> tanh_of(Vector<T> x) {

@@ -15,7 +15,7 @@ from shardsum.scores import Scores
 from shardsum.state import AttentionState
 
 from .. import dense
-from ..tolerances import STATE, assert_close
+from ..tolerances import ROUNDED_WEIGHTS, STATE, assert_close
 
 kernels = pytest.mark.parametrize("name", sorted(KERNELS))
 DEVICES = [
@@ -41,7 +41,10 @@ def check(
     # Where terms cancel, an eighth of the tolerance is allowed of their size.
     terms = dense.attention(q.cpu(), k.cpu(), v.cpu().abs(), seen, 0.7)[0].norm() / out.norm()
     cancelling = max(1.0, float(terms) / 8) if bool(terms.isfinite()) else 1.0
-    assert_close(state.out.cpu(), out, STATE[q.dtype] * cancelling, f"out of {name}")
+    tolerance = STATE[q.dtype] * cancelling
+    if name == "native" and q.dtype == torch.bfloat16:
+        tolerance = ROUNDED_WEIGHTS * max(1.0, float(terms.nan_to_num(nan=1.0)))
+    assert_close(state.out.cpu(), out, tolerance, f"out of {name}")
     assert_close(state.lse.cpu(), lse, STATE[q.dtype], f"lse of {name}")
 
 
