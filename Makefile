@@ -36,7 +36,7 @@ peers: .venv-peers/installed  ## ours beside other libraries, on an otherwise id
 	touch $@
 
 # The constraint holds for this .venv alone: torch 2.13.0 is a CPU build on the usual index.
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt $(wildcard native/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mpi,hf,dev]'

@@ -7,6 +7,8 @@ from torch import Tensor
 
 # Of an attention state (float32 or wider) against float64, for scores below 20 in size.
 STATE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
+# Of an output whose weights were rounded to bfloat16: half a last place of 8 bits, of the terms' size.
+ROUNDED_WEIGHTS = 2e-3
 # Of an output rounded to the inputs' dtype.
 OUT = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 

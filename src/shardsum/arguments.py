@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .errors import Unsupported
-from .kernels import Kernel, as_kernel
+from .kernels import Kernel
 from .layouts import Layout, as_layout
 from .masks import Mask
 from .problem import Problem
@@ -69,7 +69,6 @@ class Arguments:
         return {
             "layout": layout.describe(),
             "strategy": "auto" if strategy is None else strategy.name,
-            "kernel": as_kernel(self.kernel).name,
             "causal": bool(self.causal),
             "window": _window(self.window),
             "cu_seqlens": _listed("cu_seqlens", self.cu_seqlens),

@@ -61,7 +61,8 @@ def attention(
     - `layout`: "contiguous", "zigzag", "striped" or a `Layout` (`Layout.weighted`, `Layout.packed`): which
       positions each rank's shards hold; contiguous takes whatever lengths the ranks hold.
     - `strategy`: "all_reduce", "all_gather", "ring", "pass_q" or "auto".
-    - `kernel`: "aten", "eager", "reference" or "auto".
+    - `kernel`: "native", "aten", "eager", "reference" or "auto": native where it was built and tensors are on the
+      CPU, else aten.
     - `causal`: row i sees keys up to its own position. `window` (left, right): only so many keys around its own
       position; None or -1 is no limit. `key_range` (start, end), each (batch,): only those keys (padding).
       `cu_seqlens`, `cu_seqlens_k`: cumulative global lengths of packed documents, which see only themselves.
@@ -152,6 +153,7 @@ def attend(
             **sizes,
             "dtype": str(q.dtype),
             "device": device,
+            "kernel": as_kernel(arguments.kernel, q, v).name,
             "gradients": differentiable,
             **described,
         }
@@ -197,7 +199,7 @@ def _call(
         dropout_p=arguments.dropout_p,
         seed=_seed(comm, arguments) if arguments.dropout_p else 0,
     )
-    kernel = as_kernel(arguments.kernel)
+    kernel = as_kernel(arguments.kernel, q, v)
     return Call(comm, kernel, q, k, v, mask, queries, keys, scores, arguments.q_replicated)
 
 

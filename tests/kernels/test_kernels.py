@@ -15,7 +15,7 @@ from shardsum.scores import Scores
 from shardsum.state import AttentionState
 
 from .. import dense
-from ..tolerances import STATE, assert_close
+from ..tolerances import ROUNDED_WEIGHTS, STATE, assert_close
 
 kernels = pytest.mark.parametrize("name", sorted(KERNELS))
 DEVICES = [
@@ -38,7 +38,13 @@ def check(
     seen = ((lo.unsqueeze(-1) <= j) & (j < hi.unsqueeze(-1))).expand(q.shape[0], -1, -1)
     out, lse = dense.attention(q.cpu(), k.cpu(), v.cpu(), seen, 0.7)
     assert state.out.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
-    assert_close(state.out.cpu(), out, STATE[q.dtype], f"out of {name}")
+    # Where terms cancel, an eighth of the tolerance is allowed of their size.
+    terms = dense.attention(q.cpu(), k.cpu(), v.cpu().abs(), seen, 0.7)[0].norm() / out.norm()
+    cancelling = max(1.0, float(terms) / 8) if bool(terms.isfinite()) else 1.0
+    tolerance = STATE[q.dtype] * cancelling
+    if name == "native" and q.dtype == torch.bfloat16:
+        tolerance = ROUNDED_WEIGHTS * max(1.0, float(terms.nan_to_num(nan=1.0)))
+    assert_close(state.out.cpu(), out, tolerance, f"out of {name}")
     assert_close(state.lse.cpu(), lse, STATE[q.dtype], f"lse of {name}")
 
 
@@ -154,7 +160,7 @@ def test_decode_calls_the_operator_once_with_the_group_folded(monkeypatch: pytes
 
 
 def test_an_unknown_kernel_is_refused() -> None:
-    with pytest.raises(Unsupported, match="kernel must be auto, aten, eager, reference: got 'flash'"):
+    with pytest.raises(Unsupported, match="kernel must be auto, aten, eager, native, reference: got 'flash'"):
         as_kernel("flash")
 
 

@@ -12,7 +12,9 @@ import click
 from .. import __version__
 from ..errors import RankLost
 from .attend import attend
+from .bench import bench
 from .common import is_first_rank
+from .doctor import doctor
 from .explain import explain
 from .generation import demo, generate
 from .verify import verify
@@ -34,7 +36,7 @@ def group() -> None:
     """
 
 
-for command in (demo, generate, attend, explain, verify):
+for command in (demo, generate, attend, explain, verify, bench, doctor):
     group.add_command(command)
 
 

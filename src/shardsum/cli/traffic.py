@@ -95,7 +95,7 @@ def traffic_table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(column, justify="right")
     for (mask, layout), group in itertools.groupby(rows, key=lambda row: (row["mask"], row["layout"])):
         table.add_section()
-        for row, where in itertools.zip_longest(list(group), (mask, layout), fillvalue=""):
+        for row, where in zip(group, itertools.chain((mask, layout), itertools.repeat("")), strict=False):
             (declared, counted), back = row["forward"].values(), row["backward"].values()
             numbers = (f"{count:,}" for count in (declared, counted, row["lower_bound_bytes"], *back))
             table.add_row(where, row["strategy"], *numbers, style="" if row["as_declared"] else "bold red")

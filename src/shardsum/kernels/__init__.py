@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ..errors import Unsupported
 from .aten import AtenKernel
 from .base import Gradients, Kernel, OutputGradient
+from .native import NativeKernel, instruction_sets, why_not_native
 from .reference import EagerKernel, ReferenceKernel
 
-KERNELS: dict[str, type[Kernel]] = {"aten": AtenKernel, "eager": EagerKernel, "reference": ReferenceKernel}
+KERNELS: dict[str, type[Kernel]] = {
+    "aten": AtenKernel,
+    "eager": EagerKernel,
+    "native": NativeKernel,
+    "reference": ReferenceKernel,
+}
 
-__all__ = ["KERNELS", "AtenKernel", "Gradients", "Kernel", "OutputGradient", "ReferenceKernel", "as_kernel"]
+__all__ = [
+    "KERNELS",
+    "AtenKernel",
+    "Gradients",
+    "Kernel",
+    "NativeKernel",
+    "OutputGradient",
+    "ReferenceKernel",
+    "as_kernel",
+    "instruction_sets",
+    "why_not_native",
+]
 
 
-def as_kernel(kernel: str | Kernel) -> Kernel:
-    """The kernel itself, or a new one of that name; "auto" is the fastest there is, now `aten`."""
+def as_kernel(kernel: str | Kernel, q: Tensor | None = None, v: Tensor | None = None) -> Kernel:
+    """The kernel itself, or a new one of that name; "auto" is `native` where it can take q and v, else `aten`."""
     if isinstance(kernel, Kernel):
         return kernel
-    name = "aten" if kernel == "auto" else kernel
+    name = kernel
+    if kernel == "auto":
+        name = "native" if why_not_native(q, v) is None else "aten"
     if name not in KERNELS:
         raise Unsupported(f"kernel must be auto, {', '.join(sorted(KERNELS))}: got {kernel!r}.")
     return KERNELS[name]()

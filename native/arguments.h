@@ -1,0 +1,50 @@
+// What the operations are told: pointers, sizes and strides, already checked by the caller (kernels/native.py).
+#pragma once
+
+#include <cstdint>
+
+enum class Type : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
+
+// A tensor (batch, heads, length, dim): strides in elements, the last dim's is 1.
+struct Tensor {
+    const void* data;
+    int64_t batch, head, row;
+};
+
+// Row i of sequence b sees the keys lo <= j < hi of lo[b * bounds_batch + i]; bounds_batch is 0 for one mask of all.
+struct Attention {
+    Type type;
+    int64_t batch, q_heads, kv_heads, q_len, kv_len, head_dim, v_dim;
+    Tensor q, k, v;
+    const int64_t *lo, *hi;
+    int64_t bounds_batch;
+    double scale;
+    double softcap;               // 0: none
+    const float* alibi_slopes;    // (q_heads,), or null
+    double dropout_p;             // 0: none
+    uint64_t seed;
+    int64_t first_head;           // dropout counts heads from here
+    const int64_t *rows, *keys;   // global indices, for dropout and ALiBi; null without these
+    const int64_t* own;           // each row's own position among the keys; own_batch as bounds_batch
+    int64_t own_batch;
+    int threads;
+};
+
+// out (batch, q_heads, q_len, v_dim) and lse (batch, q_heads, q_len), contiguous, float or double.
+struct Forward : Attention {
+    void *out, *lse;
+};
+
+// Gradients of q, k and v in the shapes of q, k and v, contiguous, float or double; d_k and d_v come zeroed.
+// d_out is contiguous as out is; lse is the final one, delta = sum(d_out * out) - d_lse.
+struct Backward : Attention {
+    const void *d_out, *lse, *delta;
+    void *d_q, *d_k, *d_v;
+};
+
+// The operations as compiled for one instruction set.
+struct Kernels {
+    void (*prefill)(const Forward&);
+    double (*read_memory)(const float* data, int64_t count, int threads);
+    double (*multiply_add)(bool of_bfloat16, int64_t rounds, int threads);
+};

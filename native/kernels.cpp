@@ -1,0 +1,8 @@
+// The table of one instruction set's operations.
+#include "operations.h"
+
+namespace SHARDSUM_ISA {
+
+extern const Kernels kernels{prefill, read_memory, multiply_add};
+
+}  // namespace SHARDSUM_ISA

@@ -1,0 +1,95 @@
+// The Python module: which instruction sets run here, and the operations compiled for each.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+
+#include "arguments.h"
+#include "machine.h"
+
+#define DECLARE(isa) namespace isa { extern const Kernels kernels; }
+SHARDSUM_EACH_ISA(DECLARE)
+
+namespace {
+
+namespace nb = nanobind;
+
+struct InstructionSet {
+    const char* name;
+    bool (*runs_here)();
+    const Kernels* kernels;
+};
+
+#define ROW(isa) {#isa, runs_here::isa, &isa::kernels},
+const InstructionSet instruction_sets[] = {SHARDSUM_EACH_ISA(ROW)};
+
+std::vector<std::string> that_run_here() {
+    std::vector<std::string> names;
+    for (const InstructionSet& set : instruction_sets)
+        if (set.runs_here()) names.push_back(set.name);
+    return names;
+}
+
+const Kernels& kernels_of(const std::string& isa) {
+    static const std::vector<std::string> here = that_run_here();
+    for (const InstructionSet& set : instruction_sets)
+        if (isa == set.name && std::find(here.begin(), here.end(), isa) != here.end()) return *set.kernels;
+    throw nb::value_error(("instruction set " + isa + " does not run on this machine").c_str());
+}
+
+template <typename T> T* pointer(intptr_t address) { return reinterpret_cast<T*>(address); }
+
+// What kernels/native.py hands over: addresses and strides, checked there.
+using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+using Strided = std::tuple<intptr_t, int64_t, int64_t, int64_t>;
+using Bounds = std::tuple<intptr_t, intptr_t, int64_t>;
+using Scores = std::tuple<double, double, intptr_t, double, uint64_t, int64_t, intptr_t, intptr_t, intptr_t, int64_t>;
+
+Tensor tensor(const Strided& t) {
+    return {pointer<const void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+}
+
+Attention attention(int type, const Sizes& sizes, const Strided& q, const Strided& k, const Strided& v,
+                    const Bounds& bounds, const Scores& scores, int threads) {
+    Attention a{};
+    a.type = Type(type);
+    std::tie(a.batch, a.q_heads, a.kv_heads, a.q_len, a.kv_len, a.head_dim, a.v_dim) = sizes;
+    a.q = tensor(q), a.k = tensor(k), a.v = tensor(v);
+    a.lo = pointer<const int64_t>(std::get<0>(bounds)), a.hi = pointer<const int64_t>(std::get<1>(bounds));
+    a.bounds_batch = std::get<2>(bounds);
+    intptr_t slopes, rows, keys, own;
+    std::tie(a.scale, a.softcap, slopes, a.dropout_p, a.seed, a.first_head, rows, keys, own, a.own_batch) = scores;
+    a.alibi_slopes = pointer<const float>(slopes);
+    a.rows = pointer<const int64_t>(rows), a.keys = pointer<const int64_t>(keys), a.own = pointer<const int64_t>(own);
+    a.threads = threads;
+    return a;
+}
+
+void prefill(const std::string& isa, int type, const Sizes& sizes, const Strided& q, const Strided& k,
+             const Strided& v, const Bounds& bounds, const Scores& scores, int threads, intptr_t out, intptr_t lse) {
+    const Kernels& kernels = kernels_of(isa);
+    Forward a{attention(type, sizes, q, k, v, bounds, scores, threads), pointer<void>(out), pointer<void>(lse)};
+    nb::gil_scoped_release release;
+    kernels.prefill(a);
+}
+
+double read_memory(const std::string& isa, intptr_t data, int64_t count, int threads) {
+    nb::gil_scoped_release release;
+    return kernels_of(isa).read_memory(pointer<const float>(data), count, threads);
+}
+
+double multiply_add(const std::string& isa, bool of_bfloat16, int64_t rounds, int threads) {
+    nb::gil_scoped_release release;
+    return kernels_of(isa).multiply_add(of_bfloat16, rounds, threads);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.def("instruction_sets", that_run_here, "The instruction sets that run on this machine, the best first.");
+    m.def("prefill", prefill);
+    m.def("read_memory", read_memory);
+    m.def("multiply_add", multiply_add);
+}

@@ -1,0 +1,12 @@
+// The operations of one instruction set, each in a source of its own.
+#pragma once
+
+#include "arguments.h"
+
+namespace SHARDSUM_ISA {
+
+void prefill(const Forward&);
+double read_memory(const float* data, int64_t count, int threads);
+double multiply_add(bool of_bfloat16, int64_t rounds, int threads);
+
+}  // namespace SHARDSUM_ISA

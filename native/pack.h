@@ -1,0 +1,97 @@
+// Copies of parts of tensors in the form and type that products want.
+#pragma once
+
+#include <algorithm>
+
+#include "arguments.h"
+#include "vector.h"
+
+namespace SHARDSUM_ISA {
+
+inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <typename E> inline const E* row_of(const Tensor& t, int64_t sequence, int64_t head, int64_t row) {
+    return static_cast<const E*>(t.data) + sequence * t.batch + head * t.head + row * t.row;
+}
+
+// `rows` rows of `size` elements, times `factor`; each to[row * width ...], zeros behind.
+template <typename E, typename T>
+inline void pack_rows(const E* from, int64_t stride, int64_t rows, int64_t size, T factor, T* to, int64_t width) {
+    for (int64_t i = 0; i < rows; i++, from += stride, to += width) {
+        int64_t j = 0;
+        for (; j + lanes<T> <= size; j += lanes<T>) store_vector(to + j, load(from + j) * factor);
+        for (; j < size; j++) to[j] = element(from[j]) * factor;
+        for (; j < width; j++) to[j] = 0;
+    }
+}
+
+// Up to a vector of elements from p on, zeros behind the first n.
+template <typename T, typename E> inline Vector<T> load_words(const E* p, int64_t n) {
+    return n >= lanes<T> ? Vector<T>(load(p)) : Vector<T>(load_some(p, int(n)));
+}
+
+// `rows` rows of `size` elements, transposed: element (i, j) is to[j * width + i], zeros behind the last row up to a
+// whole vector. `width`: a multiple of a vector.
+template <typename E, typename T>
+inline void pack_columns(const E* from, int64_t stride, int64_t rows, int64_t size, T* to, int64_t width) {
+    constexpr int n = lanes<T>;
+    for (int64_t i = 0; i < rows; i += n)
+        for (int64_t j = 0; j < size; j += n) {
+            Vector<T> square[n];
+            for (int64_t r = 0; r < n; r++)
+                square[r] = i + r < rows ? load_words<T>(from + (i + r) * stride + j, size - j) : Vector<T>{};
+            transpose<T>(square);
+            for (int64_t c = 0; c < n && j + c < size; c++) store_vector(to + (j + c) * width + i, square[c]);
+        }
+}
+
+// The same for pairs along the rows; `pairs` of them, zeros behind the last element.
+inline void pack_columns(const bfloat16* from, int64_t stride, int64_t rows, int64_t size, int64_t pairs, Pair* to,
+                         int64_t width) {
+    constexpr int n = lanes<float>;
+    for (int64_t i = 0; i < rows; i += n)
+        for (int64_t j = 0; j < pairs; j += n) {
+            Vector<float> square[n];
+            for (int64_t r = 0; r < n; r++) {
+                square[r] = Vector<float>{};
+                const bfloat16* some = from + (i + r) * stride + 2 * j;
+                int64_t left = std::min(size - 2 * j, int64_t(2 * n));
+                if (i + r < rows && left == 2 * n) square[r] = load_vector<Vector<float>>(some);
+                else if (i + r < rows && left > 0) std::memcpy(&square[r], some, left * 2);
+            }
+            transpose<float>(square);
+            for (int64_t c = 0; c < n && j + c < pairs; c++) store_vector(to + (j + c) * width + i, square[c]);
+        }
+}
+
+// Rows 2 i and 2 i + 1 of `rows` as pairs, to[i * width ...]; zeros behind the last row and element, `pairs` such rows.
+inline void pack_row_pairs(const bfloat16* from, int64_t stride, int64_t rows, int64_t size, int64_t pairs, Pair* to,
+                           int64_t width) {
+    for (int64_t i = 0; i < pairs; i++, to += width) {
+        const bfloat16 *first = from + 2 * i * stride, *second = first + stride;
+        int64_t whole = 2 * i < rows ? size : 0, halves = 2 * i + 1 < rows ? size : 0;
+        for (int64_t j = 0; j < halves; j++) to[j].bits = first[j].bits | uint32_t(second[j].bits) << 16;
+        for (int64_t j = halves; j < whole; j++) to[j].bits = first[j].bits;
+        for (int64_t j = whole; j < width; j++) to[j].bits = 0;
+    }
+}
+
+// Rows times 1 or -1, as pairs; zeros behind, up to `width` pairs.
+inline void pack_rows(const bfloat16* from, int64_t stride, int64_t rows, int64_t size, int sign, Pair* to,
+                      int64_t width) {
+    const uint16_t flip = sign < 0 ? 0x8000 : 0;
+    for (int64_t i = 0; i < rows; i++, from += stride, to += width) {
+        uint16_t* row = reinterpret_cast<uint16_t*>(to);
+        for (int64_t j = 0; j < size; j++) row[j] = from[j].bits ^ flip;
+        for (int64_t j = size; j < 2 * width; j++) row[j] = 0;
+    }
+}
+
+// Whether all elements of a row are finite.
+template <typename T, typename E> inline bool all_finite(const E* from, int64_t size) {
+    Vector<T> zero{};
+    for (int64_t j = 0; j < size; j += lanes<T>) zero += load_words<T>(from + j, size - j) * T(0);
+    return sum_of<T>(zero) == 0;
+}
+
+}  // namespace SHARDSUM_ISA

@@ -1,0 +1,308 @@
+// Attention of many rows: tiles of rows against blocks of keys, the softmax taken online.
+//
+// A tile's rows are packed once, and each block of keys once per tile. Then strip after strip of the rows goes through
+// the block: products, weights, values, so that a strip's scores never leave the nearest cache.
+//
+// Source: Dao et al. 2022 (FlashAttention, algorithm 1); Goto and van de Geijn 2008 (panels that lie in cache).
+#include "matrix.h"
+#include "operations.h"
+#include "pack.h"
+#include "scores.h"
+#include "scratch.h"
+
+namespace SHARDSUM_ISA {
+
+// Of a block and of a strip. A block's panel of values and a strip's scores lie in L1 (32 to 48 KB).
+template <typename P> constexpr int64_t KEYS = std::is_same_v<P, Pair> ? 256 : 128;
+template <typename P> constexpr int64_t STRIP = ROW_STEP<P> == 1 ? 8 * TILE_ROWS : ROW_STEP<P>;
+constexpr int64_t TILE_BYTES = 1 << 20;  // of a tile's queries and sums: a part of L2
+
+// What elements are packed as for products: as they are, or wider where no instruction takes them.
+template <typename E> struct PackedOf { typedef float type; };
+template <> struct PackedOf<double> { typedef double type; };
+#if defined(__AVX512BF16__)
+template <> struct PackedOf<bfloat16> { typedef Pair type; };
+#endif
+
+// A tile: all query heads of one KV head, at `count` query positions from `first` on. Row r is head r / count.
+struct Tile {
+    int64_t sequence, kv_head, first, count;
+};
+
+// The keys that some rows see lie in [begin, end); all of them see [all_begin, all_end).
+struct Span {
+    int64_t begin, end, all_begin, all_end;
+
+    void add(Seen s) {
+        all_begin = std::max(all_begin, s.begin), all_end = std::min(all_end, s.end);
+        if (s.begin < s.end) begin = std::min(begin, s.begin), end = std::max(end, s.end);
+    }
+    bool misses(int64_t key, int64_t size) const { return end <= key || key + size <= begin; }
+    bool covers(int64_t key, int64_t size) const { return all_begin <= key && key + size <= all_end; }
+};
+
+template <typename E> class TileOfRows {
+    typedef typename PackedOf<E>::type P;
+    typedef Sum<P> T;
+    static constexpr bool paired = std::is_same_v<P, Pair>;
+    static constexpr int64_t PER = paired ? 2 : 1;  // elements in one of P
+    static constexpr int64_t KEY_STEP = std::max(int64_t(2 * lanes<T>), int64_t(INNER_STEP<P> * PER));
+
+public:
+    TileOfRows(const Forward& a, Tile t, Scratch& scratch)
+        : a(a), t(t), group(a.q_heads / a.kv_heads), rows(group * t.count), plain(is_plain(a)),
+          inner(padded((a.head_dim + PER - 1) / PER, INNER_STEP<P>)), v_width(padded(a.v_dim, lanes<T>)) {
+        const int64_t many = padded(rows, STRIP<P>);
+        place(scratch.get<char>(place(nullptr, many)), many);
+        std::fill(sum, sum + many * v_width, T(0));
+        std::fill(total, total + many * lanes<T>, T(0));
+        std::fill(top, top + many, -INFINITY);
+    }
+
+    void run() {
+        pack_queries();
+        whole = {a.kv_len, 0, 0, a.kv_len};
+        for (int64_t r = 0; r < rows; r++) {
+            sees[r] = seen(a, t.sequence, position(r), 0, a.kv_len);
+            if (r % STRIP<P> == 0) strips[r / STRIP<P>] = {a.kv_len, 0, 0, a.kv_len};
+            strips[r / STRIP<P>].add(sees[r]);
+            whole.add(sees[r]);
+        }
+        for (int64_t key = whole.begin / KEYS<P> * KEYS<P>; key < whole.end; key += KEYS<P>) block(key, std::min(KEYS<P>, a.kv_len - key));
+        write();
+    }
+
+private:
+    const Forward& a;
+    const Tile t;
+    const int64_t group, rows;
+    const bool plain;
+    const int64_t inner, v_width;
+    P *q, *k, *v;
+    T *scores, *sum, *total, *top;  // total: a vector for each row
+    Seen* sees;
+    Span* strips;
+    Span whole;
+    int64_t bad[KEYS<P>], bad_count = 0;  // keys of this block whose values are not finite
+
+    // How many bytes hold everything of `many` rows; it is placed there if `memory` is given.
+    int64_t place(char* memory, int64_t many) {
+        int64_t bytes = 0;
+        auto take = [&](auto*& piece, int64_t count) {
+            if (memory != nullptr) piece = reinterpret_cast<std::remove_reference_t<decltype(piece)>>(memory + bytes);
+            bytes += padded(count * int64_t(sizeof(*piece)), 64);
+        };
+        take(q, many * inner);
+        take(k, KEYS<P> * inner);
+        take(v, KEYS<P> / PER * padded(a.v_dim, PANEL<P>));
+        take(scores, STRIP<P> * KEYS<P>);
+        take(sum, many * v_width);
+        take(total, many * lanes<T>);
+        take(top, many);
+        take(sees, many);
+        take(strips, many / STRIP<P>);
+        return bytes;
+    }
+
+    int64_t position(int64_t r) const { return t.first + r % t.count; }
+    int64_t head(int64_t r) const { return t.kv_head * group + r / t.count; }
+    P* values(int64_t j, int64_t column) const {
+        return v + column / PANEL<P> * (KEYS<P> / PER * PANEL<P>) + j / PER * PANEL<P> + column % PANEL<P>;
+    }
+
+    // What products are multiplied by: never 0, for -inf marks what is masked.
+    T factor() const { return std::max(std::abs(query_factor<T>(a)), std::numeric_limits<T>::min()); }
+
+    void pack_queries() {
+        int sign = query_factor<T>(a) < 0 ? -1 : 1;
+        for (int64_t g = 0; g < group; g++) {
+            const E* from = row_of<E>(a.q, t.sequence, t.kv_head * group + g, t.first);
+            P* to = q + g * t.count * inner;
+            if constexpr (paired) pack_rows(from, a.q.row, t.count, a.head_dim, sign, to, inner);
+            else pack_rows(from, a.q.row, t.count, a.head_dim, T(sign), to, inner);
+        }
+        std::fill(q + rows * inner, q + padded(rows, STRIP<P>) * inner, P{});
+    }
+
+    void block(int64_t key, int64_t size) {
+        pack_block(key, size);
+        bad_count = 0;
+        if (!whole.covers(key, size)) find_bad_values(key, size);
+        for (int64_t r = 0; r < rows; r += STRIP<P>)
+            if (!strips[r / STRIP<P>].misses(key, size)) strip(r, key, size);
+    }
+
+    void pack_block(int64_t key, int64_t size) {
+        const E *from_k = row_of<E>(a.k, t.sequence, t.kv_head, key), *from_v = row_of<E>(a.v, t.sequence, t.kv_head, key);
+        for (int64_t j = 0; j < size; j += PANEL<P>) {
+            int64_t some = std::min(int64_t(PANEL<P>), size - j);
+            if constexpr (paired) pack_columns(from_k + j * a.k.row, a.k.row, some, a.head_dim, inner, k + j * inner, PANEL<P>);
+            else pack_columns(from_k + j * a.k.row, a.k.row, some, a.head_dim, k + j * inner, PANEL<P>);
+        }
+        int64_t all = padded(size, KEY_STEP);
+        for (int64_t c = 0; c < a.v_dim; c += PANEL<P>) {
+            int64_t some = std::min(int64_t(PANEL<P>), a.v_dim - c);
+            if constexpr (paired) {
+                pack_row_pairs(from_v + c, a.v.row, size, some, all / 2, values(0, c), PANEL<P>);
+            } else {
+                pack_rows(from_v + c, a.v.row, size, some, T(1), values(0, c), PANEL<P>);
+                std::fill(values(size, c), values(all, c), P{});
+            }
+        }
+    }
+
+    // 0 * NaN is NaN: values that are not finite leave the products, and are added to the rows that see them.
+    void find_bad_values(int64_t key, int64_t size) {
+        for (int64_t j = 0; j < size; j++) {
+            if (all_finite<T>(row_of<E>(a.v, t.sequence, t.kv_head, key + j), a.v_dim)) continue;
+            bad[bad_count++] = j;
+            for (int64_t c = 0; c < a.v_dim; c++) {
+                if constexpr (paired) values(j, c)->bits &= j % 2 ? 0x0000FFFF : 0xFFFF0000;
+                else *values(j, c) = 0;
+            }
+        }
+    }
+
+    void strip(int64_t r, int64_t key, int64_t size) {
+        const Span& span = strips[r / STRIP<P>];
+        int64_t begin = std::max(span.begin - key, int64_t(0)) / KEY_STEP * KEY_STEP;
+        int64_t end = padded(std::min(span.end - key, size), KEY_STEP);
+        int64_t count = std::min(STRIP<P>, rows - r), padded_count = padded(count, ROW_STEP<P>);
+        for (int64_t j = begin / PANEL<P> * PANEL<P>; j < end; j += PANEL<P>)
+            multiply<P>({q + r * inner, inner, 1, k + j * inner, PANEL<P>, scores + j, KEYS<P>, padded_count,
+                         std::min(int64_t(PANEL<P>), end - j), inner, false});
+        if (plain && a.dropout_p == 0 && size % KEY_STEP == 0 && span.covers(key, size))
+            for (int64_t i = 0; i < count; i++) weigh<false>(r + i, key, {0, size}, factor(), scores + i * KEYS<P>);
+        else
+            for (int64_t i = 0; i < count; i++) mask_and_weigh(r + i, key, size, {begin, end}, scores + i * KEYS<P>);
+        for (int64_t c = 0; c < v_width; c += PANEL<P>)
+            multiply<P>({reinterpret_cast<P*>(scores) + begin / PER, KEYS<P>, 1, values(begin, c), PANEL<P>,
+                         sum + r * v_width + c, v_width, padded_count, std::min(int64_t(PANEL<P>), v_width - c),
+                         (end - begin) / PER, true});
+        for (int64_t i = 0; i < count && bad_count > 0; i++) add_bad_values(r + i, key, scores + i * KEYS<P>);
+    }
+
+    void add_bad_values(int64_t r, int64_t key, const T* weights) {
+        typedef std::conditional_t<paired, bfloat16, T> Weight;
+        for (int64_t i = 0; i < bad_count; i++) {
+            int64_t j = bad[i];
+            if (key + j < sees[r].begin || key + j >= sees[r].end) continue;
+            const E* value = row_of<E>(a.v, t.sequence, t.kv_head, key + j);
+            T weight = element(reinterpret_cast<const Weight*>(weights)[j]);
+            for (int64_t c = 0; c < a.v_dim; c++) sum[r * v_width + c] += weight * T(element(value[c]));
+        }
+    }
+
+    // From a row's products to its weights in `range`, 0 where the row does not see.
+    void mask_and_weigh(int64_t r, int64_t key, int64_t size, Seen range, T* s) {
+        Seen visible{std::max(sees[r].begin - key, int64_t(0)), std::min(sees[r].end - key, size)};
+        if (visible.begin >= visible.end) return clear(s, range);
+        T scale = factor();
+        if (!plain) {
+            for (int64_t j = range.begin; j < range.end; j += lanes<T>) store_vector(s + j, load(s + j) * scale);
+            finish_scores(a, t.sequence, head(r), position(r), key, size, s);
+            scale = 1;
+        }
+        Seen steps{visible.begin / KEY_STEP * KEY_STEP, padded(visible.end, KEY_STEP)};
+        std::fill(s + steps.begin, s + visible.begin, -INFINITY);
+        std::fill(s + visible.end, s + steps.end, -INFINITY);
+        if (a.dropout_p == 0) weigh<false>(r, key, steps, scale, s);
+        else weigh<true>(r, key, steps, scale, s);
+        clear(s, {range.begin, steps.begin});
+        clear(s, {steps.end, range.end});
+    }
+
+    static void clear(T* s, Seen range) {
+        std::fill(reinterpret_cast<P*>(s) + range.begin / PER, reinterpret_cast<P*>(s) + range.end / PER, P{});
+    }
+
+    // The weights, under the row's new maximum, in place of the products.
+    template <bool DROPOUT> void weigh(int64_t r, int64_t key, Seen steps, T scale, T* s) {
+        constexpr int n = lanes<T>;
+        Vector<T> highest[2] = {broadcast(T(-INFINITY)), broadcast(T(-INFINITY))};
+        for (int64_t j = steps.begin; j < steps.end; j += 2 * n)
+            for (int i = 0; i < 2; i++) highest[i] = maximum<T>(load(s + j + i * n), highest[i]);
+        highest[0] = maximum<T>(highest[0], highest[1]) * scale;
+        if (any<T>(highest[0] > top[r])) raise(r, maximum_of<T>(highest[0]));
+        T kept_weights[DROPOUT ? KEYS<P> : 1];
+        if (DROPOUT) find_kept_weights(r, key, steps, kept_weights);
+        Vector<T> now = broadcast(top[r] == -INFINITY ? T(0) : top[r]), sums = load(total + r * n), more{};
+        for (int64_t j = steps.begin; j < steps.end; j += 2 * n) {
+            Vector<T> first = exp2(load(s + j) * scale - now);
+            Vector<T> second = exp2(load(s + j + n) * scale - now);
+            sums += first, more += second;
+            if (DROPOUT) first *= load(kept_weights + j), second *= load(kept_weights + j + n);
+            store_weights(s, j, first, second);
+        }
+        store_vector(total + r * n, sums + more);
+    }
+
+    // What was summed under a smaller maximum is scaled down.
+    void raise(int64_t r, T highest) {
+        T shrunk = top[r] == -INFINITY ? T(0) : exp2(broadcast(top[r] - highest))[0];
+        top[r] = highest;
+        store_vector(total + r * lanes<T>, load(total + r * lanes<T>) * shrunk);
+        T* row = sum + r * v_width;
+        for (int64_t j = 0; j < v_width; j += lanes<T>) store_vector(row + j, load(row + j) * shrunk);
+    }
+
+    void find_kept_weights(int64_t r, int64_t key, Seen steps, T* to) const {
+        uint64_t word = dropout_word(a, t.sequence, head(r), position(r));
+        int64_t end = std::min(steps.end, a.kv_len - key);
+        for (int64_t j = steps.begin; j < end; j++) to[j] = T(kept(a, word, key + j));
+        std::fill(to + end, to + steps.end, T(0));
+    }
+
+    static void store_weights(T* s, int64_t j, Vector<T> first, Vector<T> second) {
+#if defined(__AVX512BF16__)
+        if constexpr (paired) return store_vector(reinterpret_cast<bfloat16*>(s) + j, _mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+#endif
+        store_vector(s + j, first);
+        store_vector(s + j + lanes<T>, second);
+    }
+
+    void write() {
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t at = (t.sequence * a.q_heads + head(r)) * a.q_len + position(r);
+            T* out = static_cast<T*>(a.out) + at * a.v_dim;
+            T weight = sum_of<T>(load(total + r * lanes<T>));
+            for (int64_t j = 0; j < a.v_dim; j++) out[j] = weight == 0 ? T(0) : sum[r * v_width + j] / weight;
+            static_cast<T*>(a.lse)[at] = weight == 0 ? -INFINITY : T((top[r] + std::log2(double(weight))) * LN_2);
+        }
+    }
+};
+
+// Large tiles pack the keys seldom; eight for each thread keep all threads at work to the end.
+template <typename P> int64_t positions_of_a_tile(const Forward& a) {
+    int64_t group = a.q_heads / a.kv_heads, share = a.batch * a.q_heads * a.q_len / (8 * a.threads);
+    int64_t most = TILE_BYTES / int64_t(sizeof(Sum<P>)) / (a.head_dim + a.v_dim);
+    int64_t positions = std::max(STRIP<P>, std::min(most, share) / group / STRIP<P> * STRIP<P>);
+    return std::max(int64_t(1), std::min(a.q_len, positions));
+}
+
+template <typename E> void run(const Forward& a) {
+    int64_t count = positions_of_a_tile<typename PackedOf<E>::type>(a), tiles = (a.q_len + count - 1) / count, tasks = a.batch * a.kv_heads * tiles;
+#pragma omp parallel num_threads(a.threads)
+    {
+        static thread_local Scratch scratch;
+        TileRegisters registers;
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < tasks; task++) {
+            // The last tiles see most keys under a causal mask: they come first, so that threads end together.
+            int64_t tile = tiles - 1 - task / (a.batch * a.kv_heads), head = task % (a.batch * a.kv_heads);
+            Tile t{head / a.kv_heads, head % a.kv_heads, tile * count, std::min(count, a.q_len - tile * count)};
+            TileOfRows<E>(a, t, scratch).run();
+        }
+    }
+}
+
+void prefill(const Forward& a) {
+    switch (a.type) {
+        case Type::float32: return run<float>(a);
+        case Type::bfloat16: return run<bfloat16>(a);
+        case Type::float16: return run<float16>(a);
+        case Type::float64: return run<double>(a);
+    }
+}
+
+}  // namespace SHARDSUM_ISA

