@@ -74,6 +74,14 @@ def test_any_intervals_shapes_dtypes_and_strides(name: str, data: st.DataObject)
 
 
 @kernels
+@pytest.mark.parametrize("q_len", [1, 70])
+def test_queries_wider_than_keys(name: str, q_len: int) -> None:
+    q, k, v = normal(0, 2, 6, q_len, 8), normal(1, 2, 2, 90, 8), normal(2, 2, 2, 90, 5)
+    hi = torch.arange(q_len).unsqueeze(0) + 20
+    check(name, q.float(), k.bfloat16(), v.bfloat16(), hi * 0, hi)
+
+
+@kernels
 @pytest.mark.parametrize("size", [80.0, -80.0])
 def test_scores_of_80(name: str, size: float) -> None:
     q, k, v = normal(0, 1, 2, 9, 4), normal(1, 1, 1, 11, 4), normal(2, 1, 1, 11, 4)

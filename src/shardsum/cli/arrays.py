@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import uuid
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 SUFFIXES = (".npy", ".safetensors")
+# NumPy parses a header by `ast`, which in Python 3.11 fails in two threads at once (python/cpython issue 106905).
+_PARSING = threading.Lock()
 
 
 def open_array(name: str) -> Tensor:
@@ -37,7 +40,8 @@ def open_array(name: str) -> Tensor:
 
 def _open_npy(path: Path) -> Tensor:
     # "c" (copy on write): torch wants memory that may be written, and the file must not be.
-    return torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))
+    with _PARSING:
+        return torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))
 
 
 def _open_safetensors(path: Path, key: str) -> Tensor:

@@ -27,8 +27,14 @@ __all__ = [
     "ReferenceKernel",
     "as_kernel",
     "instruction_sets",
+    "that_run_here",
     "why_not_native",
 ]
+
+
+def that_run_here() -> list[str]:
+    """The names of the kernels that CPU tensors can use in this installation."""
+    return [name for name in KERNELS if name != NativeKernel.name or why_not_native() is None]
 
 
 def as_kernel(kernel: str | Kernel, q: Tensor | None = None, v: Tensor | None = None) -> Kernel:

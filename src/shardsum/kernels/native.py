@@ -43,7 +43,7 @@ class NativeKernel(Kernel):
         if scores.bias is not None:
             return EagerKernel().forward(q, k, v, lo, hi, scores)
         _check(q, v)
-        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+        q, k, v = (_readable(x, q.dtype) for x in (q, k, v))
         state = AttentionState.empty(*q.shape[:3], v.shape[3], dtype=state_dtype(q.dtype))
         if state.out.numel() and k.shape[2]:
             call, kept_alive = _call(q, k, v, lo, hi, scores)
@@ -80,6 +80,11 @@ def why_not_native(q: Tensor | None = None, v: Tensor | None = None) -> str | No
         if x is not None and x.shape[3] > LARGEST_DIM:
             return f"the native kernels take head_dim and v_dim up to {LARGEST_DIM}: got {x.shape[3]}."
     return None
+
+
+def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in the queries' dtype (a scale that is a tensor widens them), each row in one piece."""
+    return x.to(dtype) if x.stride(3) == 1 else x.to(dtype).contiguous()
 
 
 def _check(q: Tensor, v: Tensor) -> None:
