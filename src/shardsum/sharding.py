@@ -87,7 +87,7 @@ def weighted_sum(
     agree_on(comm, describe, weights, values, -1)
     dtype = state_dtype(values.dtype)
     partial = _sum_of_weighted(weights.to(dtype), values.to(dtype))
-    total: Tensor = _SumOverRanks.apply(partial, comm)  # type: ignore[no-untyped-call]
+    total: Tensor = SumOverRanks.apply(partial, comm)  # type: ignore[no-untyped-call]
     return total.to(values.dtype)
 
 
@@ -152,7 +152,7 @@ class _Unshard(torch.autograd.Function):
         return gradient.index_select(ctx.dim, ctx.own.to(gradient.device)), None, None, None
 
 
-class _SumOverRanks(torch.autograd.Function):
+class SumOverRanks(torch.autograd.Function):
     """The sum is the same on every rank and counts once, so each part receives its gradient as it is."""
 
     @staticmethod

@@ -15,7 +15,7 @@ from transformers.modeling_utils import AttentionInterface
 from ..comm import Communicator, agree, connect
 from ..layouts import Layout, as_layout
 from .probe import probe
-from .session import Session
+from .session import Bound, Session
 
 # A model that names no limit is checked for sequences of up to this many tokens.
 DEFAULT_POSITIONS = 1 << 16
@@ -45,8 +45,8 @@ def sharded(
     session, problem = Session(model, comm, layout, 0), None
     with contextlib.ExitStack() as undo:
         try:
-            session.positions = _longest(model, positions)
-            name = undo.enter_context(_registered(session))
+            session.positions = longest(model, positions)
+            name = undo.enter_context(registered(session))
             session.cache_shape = probe(session, name)
         except ValueError as error:
             problem = error
@@ -55,7 +55,7 @@ def sharded(
 
 
 @contextlib.contextmanager
-def _registered(session: Session) -> Iterator[str]:
+def registered(session: Bound) -> Iterator[str]:
     """The name under which the model can choose the session's attention; all is as before afterwards."""
     chosen = [(config, config._attn_implementation) for config in _configs(session.model)]
     ids = {id(config) for config, _ in chosen}
@@ -83,7 +83,7 @@ def _registered(session: Session) -> Iterator[str]:
             _in_use.difference_update(ids)
 
 
-def _longest(model: PreTrainedModel, positions: int | None) -> int:
+def longest(model: PreTrainedModel, positions: int | None) -> int:
     """The number of positions to expect: what was asked for, the model's limit, or a default.
 
     Raises: ValueError where more are asked for than the model has.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from typing import Any
 
@@ -18,7 +17,7 @@ from ..layouts import Layout
 from .binding import sharded
 from .cache import ShardedCache
 from .masks import padding_start
-from .session import Session
+from .session import Session, digest
 
 _REFUSED = {
     "assistant_model": "assisted decoding",
@@ -243,13 +242,6 @@ def _prompts(positions: Tensor, copies: int) -> Tensor:
 
 def _call(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> dict[str, Any]:
     """What has to be the same on every rank, tensors by their digest."""
-
-    def digest(tensor: Tensor | None) -> str | None:
-        if tensor is None:
-            return None
-        content = tensor.detach().cpu().to(torch.int64).contiguous().numpy().tobytes()
-        return f"{tuple(tensor.shape)} {hashlib.blake2b(content, digest_size=8).hexdigest()}"
-
     # What a rank wants to be returned is its own affair.
     settings = {
         name: json.loads(json.dumps(value, default=str))

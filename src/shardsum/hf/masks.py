@@ -105,6 +105,23 @@ def padding_start(attention_mask: Tensor | None, kv_length: int) -> Tensor | Non
 
     Raises: Unsupported for padding on the right, for holes, and for masks that are not (batch, kv_length).
     """
+    kept = kept_range(attention_mask, kv_length)
+    if kept is None:
+        return None
+    start, end = kept
+    if bool((end < kv_length).any()):
+        raise Unsupported(
+            "attention_mask may only hide tokens on the left of a row: got padding on the right. "
+            "Pad on the left (tokenizer.padding_side = 'left')."
+        )
+    return start
+
+
+def kept_range(attention_mask: Tensor | None, kv_length: int) -> tuple[Tensor, Tensor] | None:
+    """(start, end), each (batch,): the keys of each row that are not padding; None where nothing is padded.
+
+    Raises: Unsupported for holes, and for masks that are not (batch, kv_length).
+    """
     if attention_mask is None:
         return None
     if attention_mask.ndim != 2 or attention_mask.shape[1] != kv_length:
@@ -115,13 +132,12 @@ def padding_start(attention_mask: Tensor | None, kv_length: int) -> Tensor | Non
     kept = attention_mask.bool()
     if bool(kept.all()):
         return None
-    start = kv_length - kept.sum(dim=1)
-    if not torch.equal(kept, torch.arange(kv_length, device=kept.device) >= start[:, None]):
-        raise Unsupported(
-            "attention_mask may only hide tokens on the left of a row: got padding on the right, or a hole. "
-            "Pad on the left (tokenizer.padding_side = 'left')."
-        )
-    return start
+    keys = torch.arange(kv_length, device=kept.device)
+    start = torch.where(kept, keys, kv_length).amin(dim=1)
+    end = start + kept.sum(dim=1)
+    if not torch.equal(kept, (keys >= start[:, None]) & (keys < end[:, None])):
+        raise Unsupported("attention_mask may only hide tokens on the left or right of a row: got a hole.")
+    return start, end
 
 
 def checked_mask(

@@ -31,7 +31,7 @@ from ..errors import Unsupported
 from .cache import Part, Shape, ShardedCache
 from .loading import quiet
 from .masks import IntervalMask
-from .session import Session, takes
+from .session import Bound, Session, takes
 
 TOKENS, CHANGED, SHARD = 7, 1, [0, 2, 3]
 # Rounding differs with the shape of a matrix product; relative to the largest element of a tensor.
@@ -47,24 +47,50 @@ def probe(session: Session, name: str) -> Shape:
     Raises: Unsupported, naming the module or option, for a model that can't be sharded without changing its
     results; ValueError for a model in training mode.
     """
+    try:
+        with _asking(session, name) as (own, probing):
+            whole = _check_mixing(session)
+            shape = probing.shape(session)
+            _check_shard(session, whole, past_key_values=_EchoCache(session, shape))
+            session.probe = None
+            _check_scores(session, shape, own)
+    finally:
+        session.pending.clear()
+    return shape
+
+
+def probe_training(session: Bound, name: str, attending: contextlib.AbstractContextManager[object]) -> None:
+    """Ask whether the model can be trained in shards: the same questions, without a cache.
+
+    Inside `attending` the session's attention runs over TOKENS tokens that all lie on this rank.
+    Raises: as `probe`.
+    """
+    with _asking(session, name) as (own, probing):
+        whole = _check_mixing(session)
+        probing.check_layers(session)
+        _check_shard(session, whole)
+        session.probe = None
+        with attending:
+            ours = _run(session, _tokens(session.model), **_whole(TOKENS))
+        _refuse_other_scores(_first_difference(session.model, own, ours))
+
+
+@contextlib.contextmanager
+def _asking(session: Bound, name: str) -> Iterator[tuple[Outputs, _Probe]]:
+    """(what the model computes with its own attention, what stands in for it inside of the block)."""
     model = session.model
     _check_kind(model)
-    probing = _Probe(session)
     try:
         with torch.no_grad():
             own = _run(session, _tokens(model), **_whole(TOKENS))
             with quiet():  # it warns where a model's attention can't be chosen; the probe finds out
                 model.set_attn_implementation(name)
-            session.probe = probing
-            shape = _check_mixing(session, probing)
-            session.probe = None
-            _check_scores(session, shape, own)
+            session.probe = probing = _Probe(session)
+            yield own, probing
     except (AttributeError, TypeError) as error:
-        raise Unsupported(f"{type(model).__name__} can't run over a sharded cache: {error}") from error
+        raise Unsupported(f"{type(model).__name__} can't run on shards of its tokens: {error}") from error
     finally:
         session.probe = None
-        session.pending.clear()
-    return shape
 
 
 def _check_kind(model: PreTrainedModel) -> None:
@@ -77,14 +103,11 @@ def _check_kind(model: PreTrainedModel) -> None:
         raise ValueError(f"{kind} is in training mode: call model.eval() first.")
 
 
-def _check_mixing(session: Session, probing: _Probe) -> Shape:
-    """Questions 1, 2 and 4."""
-    model, device = session.model, session.model.device
-    tokens = _tokens(model).repeat(2, 1)
+def _check_mixing(session: Bound) -> Outputs:
+    """Question 1: what the model computes where attention mixes nothing."""
+    model, tokens = session.model, _tokens(session.model).repeat(2, 1)
     tokens[1, CHANGED] = tokens[0, -1]
-    positions = torch.arange(TOKENS, device=device)
-    positions[-1] = max(session.positions - 1, TOKENS - 1)
-    inputs = {"attention_mask": torch.ones_like(tokens), "position_ids": positions.expand(2, -1)}
+    inputs = {"attention_mask": torch.ones_like(tokens), "position_ids": _far_positions(session).expand(2, -1)}
     whole = _run(session, tokens, **inputs)
     others = [t for t in range(TOKENS) if t != CHANGED]
     mixer = _first_difference(model, _rows(whole, 0, others), _rows(whole, 1, others))
@@ -93,25 +116,30 @@ def _check_mixing(session: Session, probing: _Probe) -> Shape:
             f"{mixer} mixes tokens outside of Transformers' AttentionInterface (a convolution, a recurrence, a "
             "state space, or attention of its own); only models whose tokens meet nowhere else can be sharded."
         )
-    shape = probing.shape(session)
-    for argument in ("position_ids", "past_key_values"):
+    return whole
+
+
+def _check_shard(session: Bound, whole: Outputs, **cache: ShardedCache) -> None:
+    """Questions 2 and 4: some of the tokens, going into the cache if there is one."""
+    model, tokens = session.model, _tokens(session.model)[:, SHARD]
+    for argument in ("position_ids", *cache):
         if not takes(model, argument):
             raise Unsupported(
                 f"{type(model).__name__} takes no {argument}, so a rank can't run it on its share of the tokens."
             )
-    cache = _EchoCache(session, shape)
-    cache.part = Part(session.layout, local=len(SHARD), total=TOKENS)
-    padded = torch.ones_like(tokens[:1])
-    padded[0, 0] = 0
-    inputs = {"attention_mask": padded, "position_ids": positions[None, SHARD]}
-    part = _run(session, tokens[:1, SHARD], past_key_values=cache, use_cache=True, **inputs)
+    seen = torch.ones(1, TOKENS if cache else len(SHARD), dtype=torch.int64)
+    if cache:
+        seen[0, 0] = 0
+    for each in cache.values():
+        each.part = Part(session.layout, local=len(SHARD), total=TOKENS)
+    inputs = {"attention_mask": seen, "position_ids": _far_positions(session)[:, SHARD]}
+    part = _run(session, tokens, use_cache=bool(cache), **inputs, **cache)
     shard_only = _first_difference(model, _rows(whole, 0, SHARD), _rows(part, 0, range(len(SHARD))))
     if shard_only is not None:
         raise Unsupported(
             f"{shard_only} computes something else for a token when others are on another rank (its rotary "
             f"embedding or positions depend on the whole sequence, here of up to {session.positions} tokens)."
         )
-    return shape
 
 
 def _check_scores(session: Session, shape: Shape, own: Outputs) -> None:
@@ -122,7 +150,10 @@ def _check_scores(session: Session, shape: Shape, own: Outputs) -> None:
     _run(session, tokens[:, :-1], past_key_values=cache, use_cache=True, **inputs)
     last = torch.full_like(tokens[:, -1:], TOKENS - 1)
     ours = _run(session, tokens[:, -1:], past_key_values=cache, position_ids=last, use_cache=True)
-    wrong = _first_difference(model, _rows(own, 0, [TOKENS - 1]), _rows(ours, 0, [0]))
+    _refuse_other_scores(_first_difference(model, _rows(own, 0, [TOKENS - 1]), _rows(ours, 0, [0])))
+
+
+def _refuse_other_scores(wrong: str | None) -> None:
     if wrong is not None:
         raise Unsupported(
             f"{wrong} computes something else than softmax(scale * q.k) v under a causal mask (a bias, sink, "
@@ -133,7 +164,7 @@ def _check_scores(session: Session, shape: Shape, own: Outputs) -> None:
 class _Probe:
     """Stands in for attention: mixes nothing, and writes down what it was given."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Bound) -> None:
         self.session = session
         self.shapes: dict[object, Shape] = {}
         self.seen: Outputs = {}
@@ -158,8 +189,8 @@ class _Probe:
         self.shapes[layer] = Shape(0, k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device)
         return v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
-    def shape(self, session: Session) -> Shape:
-        """The cache's shape. Raises: Unsupported where a layer did not attend, or layers differ."""
+    def check_layers(self, session: Bound) -> None:
+        """Raises: Unsupported where a layer did not attend."""
         kind, layers = type(session.model).__name__, session.model.config.get_text_config(decoder=True)
         count = layers.num_hidden_layers
         if set(self.shapes) != set(range(count)):
@@ -168,11 +199,16 @@ class _Probe:
                 f"{kind}: {len(silent)} of {count} layers (the first: {silent[0] if silent else 'none'}) do not "
                 "call the attention function; every layer must attend, numbered from 0 by layer_idx."
             )
+
+    def shape(self, session: Bound) -> Shape:
+        """The cache's shape. Raises: Unsupported where a layer did not attend, or layers differ."""
+        self.check_layers(session)
         first, *rest = self.shapes.values()
         odd = [shape for shape in rest if shape != first]
         if odd:
+            kind = type(session.model).__name__
             raise Unsupported(f"{kind} caches other heads in some layers than in others: {first}, {odd[0]}.")
-        return replace(first, layers=count)
+        return replace(first, layers=len(self.shapes))
 
 
 class _EchoCache(ShardedCache):
@@ -201,6 +237,13 @@ def _tokens(model: PreTrainedModel) -> Tensor:
     return (torch.arange(1, TOKENS + 1, device=model.device) * 7919 % max(vocabulary, 1))[None]
 
 
+def _far_positions(session: Bound) -> Tensor:
+    """Positions of the seven tokens, the last as far off as they get: (1, 7)."""
+    positions = torch.arange(TOKENS)
+    positions[-1] = max(session.positions - 1, TOKENS - 1)
+    return positions[None]
+
+
 def _whole(length: int) -> dict[str, Tensor]:
     return {
         "position_ids": torch.arange(length)[None],
@@ -208,7 +251,7 @@ def _whole(length: int) -> dict[str, Tensor]:
     }
 
 
-def _run(session: Session, tokens: Tensor, **inputs: Any) -> Outputs:
+def _run(session: Bound, tokens: Tensor, **inputs: Any) -> Outputs:
     """One forward pass: the logits and every module's output that has a row for each token, in order."""
     inputs = {"use_cache": False, **inputs}
     inputs = {name: value for name, value in inputs.items() if takes(session.model, name)}
@@ -225,7 +268,7 @@ def _run(session: Session, tokens: Tensor, **inputs: Any) -> Outputs:
 
 
 @contextlib.contextmanager
-def _recording(session: Session, shape: torch.Size, outputs: Outputs) -> Iterator[None]:
+def _recording(session: Bound, shape: torch.Size, outputs: Outputs) -> Iterator[None]:
     def of_tokens(values: Iterable[object]) -> list[Tensor]:
         tensors = [value for value in values if isinstance(value, Tensor)]
         return [x.detach().clone() for x in tensors if x.ndim > 2 and x.shape[:2] == shape]

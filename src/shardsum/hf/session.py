@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +29,33 @@ class Handler(Protocol):
     ) -> Tensor: ...
 
 
-class Session:
+class Bound(ABC):
+    """One model bound to one communicator: what the functions that Transformers calls belong to.
+
+    - `positions`: the longest sequence that the model was checked for.
+    - `probe`: while the model is being checked, what stands in for its attention.
+    """
+
+    def __init__(self, model: PreTrainedModel, comm: Communicator, layout: Layout, positions: int) -> None:
+        self.model, self.comm, self.layout, self.positions = model, comm, layout, positions
+        self.names = {module: name for name, module in model.named_modules()}
+        self.probe: Handler | None = None
+        self.open = True
+
+    @abstractmethod
+    def attention(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: object) -> object:
+        """The attention function, with Transformers' further arguments."""
+
+    @abstractmethod
+    def mask(self, batch_size: int, mask_function: MaskFunction) -> IntervalMask:
+        """The mask function, with Transformers' further arguments."""
+
+    def describe(self, module: nn.Module) -> str:
+        """The module's place in the model, and its class."""
+        return f"{self.names.get(module, 'a module')} ({type(module).__name__})"
+
+
+class Session(Bound):
     """One model bound to one communicator; `sharded` makes it.
 
     - `positions`: the longest sequence that the model was checked for.
@@ -36,11 +64,8 @@ class Session:
     """
 
     def __init__(self, model: PreTrainedModel, comm: Communicator, layout: Layout, positions: int) -> None:
-        self.model, self.comm, self.layout, self.positions = model, comm, layout, positions
-        self.names = {module: name for name, module in model.named_modules()}
+        super().__init__(model, comm, layout, positions)
         self.cache_shape: Shape | None = None
-        self.probe: Handler | None = None
-        self.open = True
         # By layer, the cache that was updated last: the attention call that follows is over it.
         self.pending: dict[int, ShardedCache] = {}
 
@@ -161,11 +186,15 @@ class Session:
             )
         return mask
 
-    def describe(self, module: nn.Module) -> str:
-        """The module's place in the model, and its class."""
-        return f"{self.names.get(module, 'a module')} ({type(module).__name__})"
-
 
 def takes(model: PreTrainedModel, argument: str) -> bool:
     """Whether the model's forward has an argument of that name."""
     return argument in inspect.signature(model.forward).parameters
+
+
+def digest(tensor: Tensor | None) -> str | None:
+    """The shape and a hash of whole numbers, for the agreement."""
+    if tensor is None:
+        return None
+    content = tensor.detach().cpu().to(torch.int64).contiguous().numpy().tobytes()
+    return f"{tuple(tensor.shape)} {hashlib.blake2b(content, digest_size=8).hexdigest()}"
