@@ -2,6 +2,9 @@
 
     model, tokenizer = load("path/to/model")
     tokens = generate(model, input_ids, comm=comm)            # the same tokens on every rank
+    with training(model, comm=comm) as sharded:               # loss and gradients of sequences cut over the ranks
+        sharded.loss(input_ids, labels).backward()
+        sharded.sum_gradients()
 
 Every rank holds the whole model and a part of the KV cache. The prompt is cut: a rank runs the model on its own
 tokens only, and attention is the one place where tokens meet, so it is the one place where ranks do.
@@ -21,5 +24,6 @@ from .cache import ShardedCache
 from .generation import generate
 from .loading import load
 from .session import Session
+from .training import Training, training
 
-__all__ = ["Session", "ShardedCache", "generate", "load", "sharded"]
+__all__ = ["Session", "ShardedCache", "Training", "generate", "load", "sharded", "training"]
