@@ -7,7 +7,7 @@ python examples/05_fine_tune.py --steps 3 --tokens 256     # a minute less
 import argparse
 import importlib.metadata
 import json
-import platform
+import runpy
 import time
 from pathlib import Path
 
@@ -72,6 +72,12 @@ def plot(file: str, losses: dict[str, list[float]], tokens: int) -> None:
     figure.savefig(file, dpi=110)
 
 
+def machine() -> dict:
+    """What the benchmarks say of the machine and the versions."""
+    benchmarks = Path(__file__).parent.parent / "benchmarks"
+    return runpy.run_path(str(benchmarks / "alternating.py"))["machine"]()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="numbers of ranks, one run for each")
@@ -96,7 +102,7 @@ def main() -> None:
             line |= {"tokens": options.tokens, "layout": "zigzag", "dtype": "float32", "optimizer": "AdamW"}
             line |= {"learning_rate": LEARNING_RATE, "losses_alone": losses["one process"], "losses": found}
             line |= {"largest_relative_difference": max(differences), "step_seconds": runs[0]["seconds"]}
-            line |= {"python": platform.python_version(), "torch": torch.__version__}
+            line |= machine()
             with Path(options.write).open("a") as file:
                 file.write(json.dumps(line) + "\n")
     if options.plot:
