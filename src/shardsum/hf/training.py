@@ -64,6 +64,7 @@ def training(
     bound = Training(model, ways, 0)
     with contextlib.ExitStack() as undo:
         try:
+            _check_losses(model)
             bound.positions = longest(model, positions)
             name = undo.enter_context(registered(bound))
             with _evaluating(model):
@@ -256,14 +257,18 @@ def _divisor(labels: Tensor, num_items_in_batch: int | None) -> int:
     )
 
 
-def _description(bound: Training) -> dict[str, Any]:
-    """What has to be the same on every rank. Raises: Unsupported for a router's auxiliary loss."""
-    model, strategy = bound.model, as_strategy(bound.ways.strategy)
+def _check_losses(model: PreTrainedModel) -> None:
+    """Raises: Unsupported for a router's auxiliary loss."""
     if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
         raise Unsupported(
             f"{type(model).__name__} has output_router_logits=True: a router's auxiliary loss is a product of "
             "averages over all tokens, not a sum over tokens. Set config.output_router_logits = False."
         )
+
+
+def _description(bound: Training) -> dict[str, Any]:
+    """What has to be the same on every rank."""
+    model, strategy = bound.model, as_strategy(bound.ways.strategy)
     return {
         "model": type(model).__name__,
         "layout": bound.layout.describe(),
