@@ -21,8 +21,10 @@ def run(*command: str) -> str:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_prints_what_it_says(example: Path) -> None:
-    expected = re.sub(r"^# ?", "", example.read_text().split("# Output:\n")[1], flags=re.MULTILINE)
-    assert run(sys.executable, str(example)) == expected.strip()
+    """With the arguments that the file names beside its output."""
+    _, arguments, output = re.split(r"# Output(?: with (.*))?:\n", example.read_text())
+    expected = re.sub(r"^# ?", "", output, flags=re.MULTILINE)
+    assert run(sys.executable, str(example), *(arguments or "").split()) == expected.strip()
 
 
 def test_the_readmes_example_prints_what_it_says(tmp_path: Path) -> None:
