@@ -7,10 +7,10 @@ are put to the model itself, in a few forward passes over seven tokens:
    change anything at the others? Then something else mixes tokens: a convolution, a state space, a recurrence.
 2. Run on some of its tokens only, with their positions, does the model compute the same at these tokens? If not,
    it does not place tokens by `position_ids` alone, and a shard would come out differently.
-3. Does the model over our cache give the same logits as over its own attention? If not, its scores are not
-   `scale * q.k` under the mask we were told of.
-4. Does every layer attend once, over one pair of keys and values that it put into the cache, with a causal
-   mask, windowed or not, up to the longest position?
+3. Does the model over our attention give the same logits as over its own? If not, its scores are not those we
+   were told of.
+4. Does every layer attend once, with a causal mask, windowed or not, up to the longest position, and to generate
+   over the keys and values that it put into the cache?
 
 The first module at which a comparison fails is named.
 """
