@@ -1,7 +1,7 @@
 // Gradients of attention, the weights computed again from the final lse.
 //
-// A task is a part of the query rows of one KV head. It takes chunk after chunk of the keys that lie in L2 with the sums of
-// their gradients, and for each, tile after tile of the rows: five products for each block of weights, no more.
+// A task is a part of the query rows of one KV head. It takes chunk after chunk of the keys, which lies in L2 with the
+// sums of its gradients, and for each, tile after tile of the rows: five products for each block of weights, no more.
 // Where there are fewer heads than threads a head's rows are several tasks', whose sums are added in order.
 //
 // Source: Dao et al. 2022 (FlashAttention, algorithm 4); Dao 2023 (FlashAttention-2, section 3.1).
@@ -35,8 +35,8 @@ public:
     // Adds what the chunk's keys [key, key + count) and the tile give to each other.
     void run(int64_t key, int64_t count, const Span& span) {
         const int64_t all = padded(count, KEY_STEP<P>);
-        multiply<P>({chunk.k + key * chunk.head.inner, chunk.head.inner, 1, tile.q_columns, ROWS, weights, ROWS, all, ROWS, chunk.head.inner, false});
-        multiply<P>({chunk.v + key * chunk.value.inner, chunk.value.inner, 1, tile.d_out_columns, ROWS, scores, ROWS, all, ROWS, chunk.value.inner, false});
+        of_rows(chunk.k, chunk.head.inner, key, tile.q_columns, all, weights);
+        of_rows(chunk.v, chunk.value.inner, key, tile.d_out_columns, all, scores);
         if (!plain()) finish(key, count);
         const bool covered = all == count && span.covers(chunk.first + key, count);
         if (!plain()) weigh<false, false>(key, all);
@@ -63,6 +63,11 @@ private:
 
     bool plain() const { return is_plain(a) && a.dropout_p == 0; }
 
+    // The products of keys or values with the tile's rows.
+    static void of_rows(const P* left, int64_t inner, int64_t key, const P* columns, int64_t keys, T* products) {
+        multiply<P>({left + key * inner, inner, 1, columns, ROWS, products, ROWS, keys, ROWS, inner, false});
+    }
+
     static void add(const T* left, const P* panels, const Widths<P>& widths, int64_t keys, T* sums) {
         for (int64_t c = 0; c < widths.sum; c += PANEL<P>, panels += ROWS / ELEMENTS<P> * PANEL<P>)
             multiply<P>({reinterpret_cast<const P*>(left), ROWS, 1, panels, PANEL<P>, sums + c, widths.sum, keys,
@@ -72,7 +77,7 @@ private:
     // From products to scores, their derivatives by the scaled products, and what dropout multiplies weights by.
     void finish(int64_t key, int64_t count) {
         for (int64_t j = 0; j < count; j++) {
-            const int64_t index = a.keys == nullptr ? 0 : a.keys[chunk.first + key + j];
+            const int64_t index = chunk.first + key + j;
             T *s = weights + j * ROWS, *derivative = derivatives + j * ROWS, *kept_weight = kept_weights + j * ROWS;
             for (int64_t r = 0; r < ROWS; r += lanes<T>) {
                 Vector<T> x = load(s + r) * query_factor<T>(a), by_x = broadcast(T(1));
@@ -84,8 +89,10 @@ private:
                 store_vector(s + r, x);
                 store_vector(derivative + r, by_x);
             }
-            for (int64_t r = 0; r < ROWS && a.alibi_slopes != nullptr; r++) s[r] -= tile.slopes[r] * T(std::abs(tile.own[r] - index));
-            for (int64_t r = 0; r < ROWS; r++) kept_weight[r] = a.dropout_p == 0 ? T(1) : T(kept(a, tile.words[r], chunk.first + key + j));
+            for (int64_t r = 0; r < ROWS && a.alibi_slopes != nullptr; r++)
+                s[r] -= tile.slopes[r] * T(std::abs(tile.own[r] - a.keys[index]));
+            for (int64_t r = 0; r < ROWS; r++)
+                kept_weight[r] = a.dropout_p == 0 ? T(1) : T(kept(a, tile.words[r], index));
         }
     }
 
@@ -97,7 +104,8 @@ private:
                 Both first = both<PLAIN, COVERED>(key, j, r);
                 if constexpr (paired) {
                     Both second = both<PLAIN, COVERED>(key, j, r + n);
-                    Both below = both<PLAIN, COVERED>(key, j + 1, r), last = both<PLAIN, COVERED>(key, j + 1, r + n);
+                    Both below = both<PLAIN, COVERED>(key, j + 1, r);
+                    Both last = both<PLAIN, COVERED>(key, j + 1, r + n);
                     Halves upper = rounded(first.score, second.score), lower = rounded(below.score, last.score);
                     store_vector(reinterpret_cast<bfloat16*>(to_weights) + r, rounded(first.weight, second.weight));
                     store_vector(reinterpret_cast<bfloat16*>(to_weights + ROWS) + r, rounded(below.weight, last.weight));
@@ -116,7 +124,8 @@ private:
     // Of the key j of the block and the rows from r on.
     template <bool PLAIN, bool COVERED> Both both(int64_t key, int64_t j, int64_t r) const {
         const int64_t at = j * ROWS + r;
-        Vector<T> x = load(weights + at), gradient = load(scores + at), lse = load(tile.lse + r), delta = load(tile.delta + r);
+        Vector<T> x = load(weights + at), gradient = load(scores + at);
+        Vector<T> lse = load(tile.lse + r), delta = load(tile.delta + r);
         Vector<T> weight = exp2(PLAIN ? x * query_factor<T>(a) - lse : x - lse), score;
         if (PLAIN) {
             score = weight * (gradient - delta);
@@ -139,10 +148,12 @@ template <typename E> struct Cut {
     typedef Sum<typename PackedOf<E>::type> T;
     int64_t heads, rows, parts, rows_of_a_part, keys;
 
-    explicit Cut(const Backward& a) : heads(a.batch * a.kv_heads), rows(a.q_heads / a.kv_heads * a.q_len), parts(1), keys(a.kv_len) {
+    explicit Cut(const Backward& a)
+        : heads(a.batch * a.kv_heads), rows(a.q_heads / a.kv_heads * a.q_len), parts(1), keys(a.kv_len) {
         const int64_t tiles = (rows + ROWS - 1) / ROWS;
         // Four for each thread end nearly together.
-        if (heads < 4 * a.threads && heads % a.threads != 0) parts = std::min(tiles, (4 * a.threads + heads - 1) / heads);
+        if (heads < 4 * a.threads && heads % a.threads != 0)
+            parts = std::min(tiles, (4 * a.threads + heads - 1) / heads);
         rows_of_a_part = (tiles + parts - 1) / parts * ROWS;
         parts = (rows + rows_of_a_part - 1) / rows_of_a_part;
         if (parts == 1) return;
@@ -162,7 +173,8 @@ public:
         place(Places(scratch.get<char>(place(Places(nullptr)))));
         for (int64_t row = first; row < end; row += ROWS) {
             Span& span = spans[(row - first) / ROWS] = {a.kv_len, 0, 0, a.kv_len};
-            for (int64_t r = row; r < std::min(row + ROWS, end); r++) span.add(seen(a, sequence, r % a.q_len, 0, a.kv_len));
+            for (int64_t r = row; r < std::min(row + ROWS, end); r++)
+                span.add(seen(a, sequence, r % a.q_len, 0, a.kv_len));
             if (row + ROWS > end) span.all_end = 0;  // the rows behind the last see nothing
         }
     }
@@ -204,7 +216,8 @@ private:
 };
 
 // Adds the sums of the parts behind the first to its own, in order.
-template <typename T> void add_parts(const T* partial, int64_t parts, int64_t heads, int64_t keys, int64_t dim, T* to, int64_t head_stride) {
+template <typename T>
+void add_parts(const T* partial, int64_t parts, int64_t heads, int64_t keys, int64_t dim, T* to, int64_t head_stride) {
 #pragma omp for schedule(static)
     for (int64_t head = 0; head < heads; head++)
         for (int64_t part = 1; part < parts; part++) {
@@ -218,7 +231,9 @@ template <typename E> void run(const Backward& a) {
     const Cut<E> cut(a);
     std::vector<T> partial((cut.parts - 1) * cut.heads * cut.keys * (a.head_dim + a.v_dim));
     T *partial_k = partial.data(), *partial_v = partial_k + (cut.parts - 1) * cut.heads * cut.keys * a.head_dim;
-    T *d_k = static_cast<T*>(a.d_k), *d_v = static_cast<T*>(a.d_v);
+    // The tensors from a key of a head on, to which the first part writes.
+    auto d_k = [&](int64_t head, int64_t key) { return static_cast<T*>(a.d_k) + (head * a.kv_len + key) * a.head_dim; };
+    auto d_v = [&](int64_t head, int64_t key) { return static_cast<T*>(a.d_v) + (head * a.kv_len + key) * a.v_dim; };
 #pragma omp parallel num_threads(a.threads)
     {
         static thread_local Scratch scratch;
@@ -230,12 +245,13 @@ template <typename E> void run(const Backward& a) {
                 // The last rows see most keys under a causal mask: they come first, so that threads end together.
                 const int64_t part = cut.parts - 1 - index / cut.heads, head = index % cut.heads;
                 const int64_t first = part * cut.rows_of_a_part, other = (part - 1) * cut.heads + head;
-                Task<E> task(a, scratch, head / a.kv_heads, head % a.kv_heads, first, std::min(first + cut.rows_of_a_part, cut.rows));
-                if (part == 0) task.run(key, key + keys, d_k + (head * a.kv_len + key) * a.head_dim, d_v + (head * a.kv_len + key) * a.v_dim);
+                const int64_t end = std::min(first + cut.rows_of_a_part, cut.rows);
+                Task<E> task(a, scratch, head / a.kv_heads, head % a.kv_heads, first, end);
+                if (part == 0) task.run(key, key + keys, d_k(head, key), d_v(head, key));
                 else task.run(key, key + keys, partial_k + other * keys * a.head_dim, partial_v + other * keys * a.v_dim);
             }
-            add_parts(partial_k, cut.parts, cut.heads, keys, a.head_dim, d_k + key * a.head_dim, a.kv_len * a.head_dim);
-            add_parts(partial_v, cut.parts, cut.heads, keys, a.v_dim, d_v + key * a.v_dim, a.kv_len * a.v_dim);
+            add_parts(partial_k, cut.parts, cut.heads, keys, a.head_dim, d_k(0, key), a.kv_len * a.head_dim);
+            add_parts(partial_v, cut.parts, cut.heads, keys, a.v_dim, d_v(0, key), a.kv_len * a.v_dim);
         }
     }
 }

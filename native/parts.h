@@ -1,6 +1,6 @@
-// What the backward of attention keeps in cache: a chunk of keys, and a tile of query rows, packed for all five products.
+// What the backward of attention keeps in cache: a chunk of keys and a tile of query rows, packed for five products.
 //
-// Weights lie transposed, a key's row over the tile's query rows, so that those rows' bounds, lse and delta are vectors:
+// Weights lie transposed, a key's row over the tile's query rows, so that these rows' bounds, lse, delta are vectors:
 //     S^T = k q^T    dP^T = v d_out^T    d_v += P^T d_out    d_k += dS^T q    d_q^T += k^T dS^T
 #pragma once
 
@@ -20,8 +20,7 @@ template <typename P> constexpr int64_t KEY_STEP = std::max(int64_t(ROW_STEP<P>)
 template <typename P> using Element = std::conditional_t<std::is_same_v<P, Pair>, bfloat16, P>;
 template <typename P> using One = std::conditional_t<std::is_same_v<P, Pair>, int, P>;
 
-// How wide rows are: `head` and `v` of head_dim and v_dim elements, in P along the inner dimension of a product, in T as a
-// sum, and as panels of P.
+// How wide rows of head_dim or v_dim elements are: in P along the inner dimension of a product, as a sum, as panels.
 template <typename P> struct Widths {
     int64_t inner, sum, panels;
 
@@ -31,24 +30,28 @@ template <typename P> struct Widths {
 };
 
 // `rows` rows of `dim` elements to their columns: to[i * width + r] for rows r.
-template <typename P> void to_columns(const P* from, const Widths<P>& widths, int64_t rows, int64_t dim, P* to, int64_t width) {
+template <typename P>
+void to_columns(const P* from, const Widths<P>& widths, int64_t rows, int64_t dim, P* to, int64_t width) {
     if constexpr (std::is_same_v<P, Pair>)
         pack_columns(reinterpret_cast<const bfloat16*>(from), 2 * widths.inner, rows, dim, widths.inner, to, width);
     else pack_columns(from, widths.inner, rows, dim, to, width);
 }
 
 // `rows` rows of elements, along which products sum, to panels of columns.
-template <typename P> void to_panels(const P* from, const Widths<P>& widths, int64_t rows, int64_t dim, P* to) {
+template <typename P> void to_panels(const P* rows_from, const Widths<P>& widths, int64_t rows, int64_t dim, P* to) {
+    const Element<P>* from = reinterpret_cast<const Element<P>*>(rows_from);
+    const int64_t stride = widths.inner * ELEMENTS<P>;
     for (int64_t c = 0; c < dim; c += PANEL<P>, to += rows / ELEMENTS<P> * PANEL<P>) {
         int64_t some = std::min(int64_t(PANEL<P>), dim - c);
         if constexpr (std::is_same_v<P, Pair>)
-            pack_row_pairs(reinterpret_cast<const bfloat16*>(from) + c, 2 * widths.inner, rows, some, rows / 2, to, PANEL<P>);
-        else pack_rows(from + c, widths.inner, rows, some, P(1), to, PANEL<P>);
+            pack_row_pairs(from + c, stride, rows, some, rows / 2, to, PANEL<P>);
+        else pack_rows(from + c, stride, rows, some, P(1), to, PANEL<P>);
     }
 }
 
 // Rows of elements transposed: element (i, j) is to[j * width + i] of elements, `width` counted in P.
-template <typename P> void transpose_elements(const P* from, const Widths<P>& widths, int64_t rows, int64_t dim, P* to, int64_t width) {
+template <typename P>
+void transpose_elements(const P* from, const Widths<P>& widths, int64_t rows, int64_t dim, P* to, int64_t width) {
     if constexpr (std::is_same_v<P, Pair>) {
         constexpr int64_t n = lanes<float>, most = 512;
         Pair some[n * most];
@@ -100,7 +103,7 @@ template <typename E> struct Chunk {
         std::fill(v + size * value.inner, v + all * value.inner, P{});
         std::fill(k_transposed, k_transposed + padded(a.head_dim, ROW_STEP<P>) * row_of_transposed(), P{});
         transpose_elements(k, head, size, a.head_dim, k_transposed, row_of_transposed());
-        // A key that is not finite makes NaN of the weights of those who see it, and is nothing to others: 0 * NaN is NaN.
+        // A key that is not finite makes NaN of its weights, and is nothing to rows that do not see it: 0 * NaN is NaN.
         for (int64_t j = 0; j < size; j++) {
             if (all_finite<T>(from + j * a.k.row, a.head_dim)) continue;
             Element<P>* column = reinterpret_cast<Element<P>*>(k_transposed) + j;
@@ -119,14 +122,14 @@ template <typename E> struct Chunk {
     }
 };
 
-// Rows of the query heads of one KV head, one head's behind the other's, what flows back into them, and the sum of d_q.
+// Rows of the query heads of one KV head, one head's behind another's, what flows back into them, and the sum of d_q.
 template <typename E> struct TileOfQueries {
     typedef typename PackedOf<E>::type P;
     typedef Sum<P> T;
     const Backward& a;
     const Widths<P> head, value;
     int64_t sequence, kv_head, first, size;
-    P *rows, *q_columns, *q_panels, *d_out_columns, *d_out_panels;  // `rows` is between the tensors and the other forms
+    P *rows, *q_columns, *q_panels, *d_out_columns, *d_out_panels;  // `rows`: on the way to the other forms
     T *lse, *delta, *d_q, *slopes;  // lse in base 2; d_q transposed
     Integer<T> *lo, *hi;            // counted from the chunk's first key
     int64_t* own;
@@ -151,7 +154,8 @@ template <typename E> struct TileOfQueries {
     int64_t position(int64_t r) const { return (first + r) % a.q_len; }
     int64_t at(int64_t r) const { return (sequence * a.q_heads + q_head(r)) * a.q_len + position(r); }
 
-    void pack(int64_t of_sequence, int64_t of_kv_head, int64_t of_first, int64_t of_size, const int64_t first_key, int64_t keys) {
+    void pack(int64_t of_sequence, int64_t of_kv_head, int64_t of_first, int64_t of_size, int64_t first_key,
+              int64_t keys) {
         sequence = of_sequence, kv_head = of_kv_head, first = of_first, size = of_size;
         for (int64_t r = 0; r < ROWS; r++) describe(r, first_key, keys);
         pack_q();
@@ -195,7 +199,8 @@ private:
     void pack_q() {
         for (int64_t r = 0, some; r < size; r += some) {
             some = std::min(size - r, a.q_len - position(r));
-            pack_rows(row_of<E>(a.q, sequence, q_head(r), position(r)), a.q.row, some, a.head_dim, One<P>(1), rows + r * head.inner, head.inner);
+            const E* from = row_of<E>(a.q, sequence, q_head(r), position(r));
+            pack_rows(from, a.q.row, some, a.head_dim, One<P>(1), rows + r * head.inner, head.inner);
         }
         std::fill(rows + size * head.inner, rows + ROWS * head.inner, P{});
         to_columns(rows, head, ROWS, a.head_dim, q_columns, ROWS);
