@@ -35,7 +35,7 @@ struct Forward : Attention {
     void *out, *lse;
 };
 
-// Gradients of q, k and v in the shapes of q, k and v, contiguous, float or double; d_k and d_v come zeroed.
+// Gradients of q, k and v in the shapes of q, k and v, contiguous, float or double; d_q comes zeroed.
 // d_out is contiguous as out is; lse is the final one, delta = sum(d_out * out) - d_lse.
 struct Backward : Attention {
     const void *d_out, *lse, *delta;
@@ -45,6 +45,7 @@ struct Backward : Attention {
 // The operations as compiled for one instruction set.
 struct Kernels {
     void (*prefill)(const Forward&);
+    void (*backward)(const Backward&);
     double (*read_memory)(const float* data, int64_t count, int threads);
     double (*multiply_add)(bool of_bfloat16, int64_t rounds, int threads);
 };

@@ -47,6 +47,8 @@ using Strided = std::tuple<intptr_t, int64_t, int64_t, int64_t>;
 using Bounds = std::tuple<intptr_t, intptr_t, int64_t>;
 using Scores = std::tuple<double, double, intptr_t, double, uint64_t, int64_t, intptr_t, intptr_t, intptr_t, int64_t>;
 
+using Gradient = std::tuple<intptr_t, intptr_t, intptr_t>;
+
 Tensor tensor(const Strided& t) {
     return {pointer<const void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
 }
@@ -75,6 +77,19 @@ void prefill(const std::string& isa, int type, const Sizes& sizes, const Strided
     kernels.prefill(a);
 }
 
+void backward(const std::string& isa, int type, const Sizes& sizes, const Strided& q, const Strided& k,
+              const Strided& v, const Bounds& bounds, const Scores& scores, int threads, const Gradient& given,
+              const Gradient& found) {
+    const Kernels& kernels = kernels_of(isa);
+    Backward a{attention(type, sizes, q, k, v, bounds, scores, threads)};
+    auto [d_out, lse, delta] = given;
+    auto [d_q, d_k, d_v] = found;
+    a.d_out = pointer<const void>(d_out), a.lse = pointer<const void>(lse), a.delta = pointer<const void>(delta);
+    a.d_q = pointer<void>(d_q), a.d_k = pointer<void>(d_k), a.d_v = pointer<void>(d_v);
+    nb::gil_scoped_release release;
+    kernels.backward(a);
+}
+
 double read_memory(const std::string& isa, intptr_t data, int64_t count, int threads) {
     nb::gil_scoped_release release;
     return kernels_of(isa).read_memory(pointer<const float>(data), count, threads);
@@ -90,6 +105,7 @@ double multiply_add(const std::string& isa, bool of_bfloat16, int64_t rounds, in
 NB_MODULE(_native, m) {
     m.def("instruction_sets", that_run_here, "The instruction sets that run on this machine, the best first.");
     m.def("prefill", prefill);
+    m.def("backward", backward);
     m.def("read_memory", read_memory);
     m.def("multiply_add", multiply_add);
 }

@@ -8,6 +8,15 @@
 
 namespace SHARDSUM_ISA {
 
+// What elements are packed as for products: as they are, or wider where no instruction takes them.
+template <typename E> struct PackedOf { typedef float type; };
+template <> struct PackedOf<double> { typedef double type; };
+#if defined(__AVX512BF16__)
+template <> struct PackedOf<bfloat16> { typedef Pair type; };
+#endif
+
+template <typename P> constexpr int64_t ELEMENTS = std::is_same_v<P, Pair> ? 2 : 1;  // in one of P
+
 inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 template <typename E> inline const E* row_of(const Tensor& t, int64_t sequence, int64_t head, int64_t row) {
@@ -84,6 +93,14 @@ inline void pack_rows(const bfloat16* from, int64_t stride, int64_t rows, int64_
         uint16_t* row = reinterpret_cast<uint16_t*>(to);
         for (int64_t j = 0; j < size; j++) row[j] = from[j].bits ^ flip;
         for (int64_t j = size; j < 2 * width; j++) row[j] = 0;
+    }
+}
+
+// Rows rounded to bfloat16, as pairs; zeros behind, up to `width` pairs.
+inline void pack_rows(const float* from, int64_t stride, int64_t rows, int64_t size, int, Pair* to, int64_t width) {
+    for (int64_t i = 0; i < rows; i++, from += stride, to += width) {
+        bfloat16* row = reinterpret_cast<bfloat16*>(to);
+        for (int64_t j = 0; j < 2 * width; j++) row[j] = rounded(j < size ? from[j] : 0.0f);
     }
 }
 

@@ -17,35 +17,16 @@ template <typename P> constexpr int64_t KEYS = std::is_same_v<P, Pair> ? 256 : 1
 template <typename P> constexpr int64_t STRIP = ROW_STEP<P> == 1 ? 8 * TILE_ROWS : ROW_STEP<P>;
 constexpr int64_t TILE_BYTES = 1 << 20;  // of a tile's queries and sums: a part of L2
 
-// What elements are packed as for products: as they are, or wider where no instruction takes them.
-template <typename E> struct PackedOf { typedef float type; };
-template <> struct PackedOf<double> { typedef double type; };
-#if defined(__AVX512BF16__)
-template <> struct PackedOf<bfloat16> { typedef Pair type; };
-#endif
-
 // A tile: all query heads of one KV head, at `count` query positions from `first` on. Row r is head r / count.
 struct Tile {
     int64_t sequence, kv_head, first, count;
-};
-
-// The keys that some rows see lie in [begin, end); all of them see [all_begin, all_end).
-struct Span {
-    int64_t begin, end, all_begin, all_end;
-
-    void add(Seen s) {
-        all_begin = std::max(all_begin, s.begin), all_end = std::min(all_end, s.end);
-        if (s.begin < s.end) begin = std::min(begin, s.begin), end = std::max(end, s.end);
-    }
-    bool misses(int64_t key, int64_t size) const { return end <= key || key + size <= begin; }
-    bool covers(int64_t key, int64_t size) const { return all_begin <= key && key + size <= all_end; }
 };
 
 template <typename E> class TileOfRows {
     typedef typename PackedOf<E>::type P;
     typedef Sum<P> T;
     static constexpr bool paired = std::is_same_v<P, Pair>;
-    static constexpr int64_t PER = paired ? 2 : 1;  // elements in one of P
+    static constexpr int64_t PER = ELEMENTS<P>;
     static constexpr int64_t KEY_STEP = std::max(int64_t(2 * lanes<T>), int64_t(INNER_STEP<P> * PER));
 
 public:
@@ -87,21 +68,17 @@ private:
 
     // How many bytes hold everything of `many` rows; it is placed there if `memory` is given.
     int64_t place(char* memory, int64_t many) {
-        int64_t bytes = 0;
-        auto take = [&](auto*& piece, int64_t count) {
-            if (memory != nullptr) piece = reinterpret_cast<std::remove_reference_t<decltype(piece)>>(memory + bytes);
-            bytes += padded(count * int64_t(sizeof(*piece)), 64);
-        };
-        take(q, many * inner);
-        take(k, KEYS<P> * inner);
-        take(v, KEYS<P> / PER * padded(a.v_dim, PANEL<P>));
-        take(scores, STRIP<P> * KEYS<P>);
-        take(sum, many * v_width);
-        take(total, many * lanes<T>);
-        take(top, many);
-        take(sees, many);
-        take(strips, many / STRIP<P>);
-        return bytes;
+        Places places(memory);
+        places.take(q, many * inner);
+        places.take(k, KEYS<P> * inner);
+        places.take(v, KEYS<P> / PER * padded(a.v_dim, PANEL<P>));
+        places.take(scores, STRIP<P> * KEYS<P>);
+        places.take(sum, many * v_width);
+        places.take(total, many * lanes<T>);
+        places.take(top, many);
+        places.take(sees, many);
+        places.take(strips, many / STRIP<P>);
+        return places.bytes();
     }
 
     int64_t position(int64_t r) const { return t.first + r % t.count; }
@@ -254,9 +231,7 @@ private:
     }
 
     static void store_weights(T* s, int64_t j, Vector<T> first, Vector<T> second) {
-#if defined(__AVX512BF16__)
-        if constexpr (paired) return store_vector(reinterpret_cast<bfloat16*>(s) + j, _mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
-#endif
+        if constexpr (paired) return store_vector(reinterpret_cast<bfloat16*>(s) + j, rounded(first, second));
         store_vector(s + j, first);
         store_vector(s + j + lanes<T>, second);
     }

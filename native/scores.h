@@ -14,6 +14,18 @@ struct Seen {
     int64_t begin, end;
 };
 
+// The keys that some rows see lie in [begin, end); all of them see [all_begin, all_end).
+struct Span {
+    int64_t begin, end, all_begin, all_end;
+
+    void add(Seen s) {
+        all_begin = std::max(all_begin, s.begin), all_end = std::min(all_end, s.end);
+        if (s.begin < s.end) begin = std::min(begin, s.begin), end = std::max(end, s.end);
+    }
+    bool misses(int64_t key, int64_t size) const { return end <= key || key + size <= begin; }
+    bool covers(int64_t key, int64_t size) const { return all_begin <= key && key + size <= all_end; }
+};
+
 inline Seen seen(const Attention& a, int64_t sequence, int64_t row, int64_t first, int64_t size) {
     int64_t at = sequence * a.bounds_batch + row;
     return {std::max(a.lo[at] - first, int64_t(0)), std::min(a.hi[at] - first, size)};

@@ -28,3 +28,19 @@ private:
     void* memory = nullptr;
     size_t bytes = 0;
 };
+
+// Arrays one behind the other in one piece of memory, each 64-byte aligned; without memory they are only counted.
+class Places {
+public:
+    explicit Places(char* memory) : memory(memory) {}
+
+    template <typename T> void take(T*& piece, int64_t count) {
+        if (memory != nullptr) piece = reinterpret_cast<T*>(memory + taken);
+        taken += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    }
+    int64_t bytes() const { return taken; }
+
+private:
+    char* memory;
+    int64_t taken = 0;
+};

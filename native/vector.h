@@ -81,6 +81,34 @@ inline Vector<float> load(const float16* p) {
 #endif
 }
 
+// To the nearest bfloat16, the even one of two.
+inline bfloat16 rounded(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x != x) return {uint16_t(bits >> 16 | 0x40)};
+    return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+// Two vectors as one of bfloat16.
+typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES)));
+inline Halves rounded(Vector<float> first, Vector<float> second) {
+#if defined(__AVX512BF16__)
+    return (Halves)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+#else
+    Halves both;
+    for (int i = 0; i < lanes<float>; i++) both[i] = rounded(first[i]).bits, both[lanes<float> + i] = rounded(second[i]).bits;
+    return both;
+#endif
+}
+
+template <int SECOND, int... I> inline Halves alternated(Halves a, Halves b, std::integer_sequence<int, I...>) {
+    constexpr int n = sizeof...(I);
+    return __builtin_shufflevector(a, b, (SECOND * n / 2 + I / 2 + (I % 2) * n)...);
+}
+// The elements of the first or SECOND half of a, each before that of b: pairs of both.
+template <int SECOND> inline Halves alternated(Halves a, Halves b) {
+    return alternated<SECOND>(a, b, std::make_integer_sequence<int, VECTOR_BYTES / 2>());
+}
+
 // The first n < lanes elements, zeros behind them.
 template <typename E> inline auto load_some(const E* p, int n) {
     E padded[VECTOR_BYTES / sizeof(decltype(element(*p)))] = {};

@@ -4,119 +4,15 @@
 //
 // Tensors lie in memory of exactly their size, so that an address sanitizer sees every element read beyond it, and keys
 // that no row sees hold NaN. Exit status 1 and a line for the first problem that is not right.
-#include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <random>
-#include <vector>
 
-#include "../arguments.h"
 #include "../machine.h"
+#include "tensors.h"
 
 #define DECLARE(isa) namespace isa { extern const Kernels kernels; }
 SHARDSUM_EACH_ISA(DECLARE)
 
 namespace {
-
-using Random = std::mt19937_64;
-#if defined(__aarch64__)
-using Half = __fp16;
-#else
-using Half = _Float16;
-#endif
-
-int64_t pick(Random& random, std::initializer_list<int64_t> values) {
-    return values.begin()[random() % values.size()];
-}
-int64_t between(Random& random, int64_t least, int64_t most) { return least + int64_t(random() % uint64_t(most - least + 1)); }
-
-const int64_t SIZES[] = {4, 2, 2, 8};
-
-void put(Type type, void* to, int64_t at, double x) {
-    if (type == Type::float64) {
-        static_cast<double*>(to)[at] = x;
-    } else if (type == Type::float32) {
-        static_cast<float*>(to)[at] = float(x);
-    } else if (type == Type::float16) {
-        static_cast<Half*>(to)[at] = Half(x);
-    } else {
-        float f = float(x);
-        uint32_t bits;
-        std::memcpy(&bits, &f, 4);
-        static_cast<uint16_t*>(to)[at] = std::isnan(x) ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-    }
-}
-
-double get(Type type, const void* from, int64_t at) {
-    if (type == Type::float64) return static_cast<const double*>(from)[at];
-    if (type == Type::float32) return static_cast<const float*>(from)[at];
-    if (type == Type::float16) return double(static_cast<const Half*>(from)[at]);
-    uint32_t bits = uint32_t(static_cast<const uint16_t*>(from)[at]) << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
-
-// A tensor (batch, heads, length, dim) with heads or positions outside, and room between rows.
-struct Held {
-    Type type;
-    int64_t heads, length, dim;
-    Tensor tensor;
-    std::unique_ptr<char[]> memory;
-
-    Held(Random& random, Type type, int64_t batch, int64_t heads, int64_t length, int64_t dim)
-        : type(type), heads(heads), length(length), dim(dim) {
-        int64_t width = dim + pick(random, {0, 0, 3});
-        bool positions_outside = random() % 2;
-        int64_t row = positions_outside ? heads * width : width, head = positions_outside ? width : length * width;
-        // The last row ends where its elements do.
-        int64_t count = batch * heads * length * width - (width - dim);
-        memory.reset(new char[count * SIZES[int(type)]]);
-        tensor = {memory.get(), heads * length * width, head, row};
-        std::normal_distribution<double> normal;
-        for (int64_t i = 0; i < count; i++) put(type, memory.get(), i, normal(random));
-    }
-
-    int64_t at(int64_t b, int64_t h, int64_t i, int64_t d) const {
-        return b * tensor.batch + h * tensor.head + i * tensor.row + d;
-    }
-    // Row (b, h, i) in double.
-    std::vector<double> row(int64_t b, int64_t h, int64_t i) const {
-        std::vector<double> found(dim);
-        for (int64_t d = 0; d < dim; d++) found[d] = get(type, memory.get(), at(b, h, i, d));
-        return found;
-    }
-    void poison(int64_t b, int64_t i) {
-        for (int64_t h = 0; h < heads; h++)
-            for (int64_t d = 0; d < dim; d++) put(type, memory.get(), at(b, h, i, d), NAN);
-    }
-};
-
-// What an operation returned, and what it should have.
-struct Compared {
-    std::vector<double> found, expected, size;  // `size` is that of the terms that were summed
-
-    // The error's norm over that of the terms.
-    double error() const {
-        double error = 0, norm = 1e-30;
-        for (size_t i = 0; i < found.size(); i++) {
-            if (found[i] == expected[i]) continue;  // infinities too
-            double d = found[i] - expected[i];
-            if (!(std::abs(d) <= 1e300)) return INFINITY;
-            error += d * d;
-        }
-        for (double s : size) norm += std::isfinite(s) ? s * s : 0;
-        return std::sqrt(error / norm);
-    }
-};
-
-uint64_t mixed(uint64_t word) {
-    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9u;
-    word = (word ^ (word >> 27)) * 0x94D049BB133111EBu;
-    return word ^ (word >> 31);
-}
 
 class Problem {
 public:
@@ -157,6 +53,33 @@ public:
         return std::max(outs.error() / loose, lses.error() / tight);
     }
 
+    // The same for the gradients; `forward` comes before it.
+    double backward(void (*operation)(const Backward&)) {
+        const int64_t sizes[3] = {count_of(q), count_of(k), count_of(v)}, rows = a.batch * a.q_heads * a.q_len;
+        const Type type = a.type == Type::float64 ? Type::float64 : Type::float32;
+        const int64_t bytes = SIZES[int(type)];
+        auto copied = [&](const std::vector<double>& from) {
+            std::unique_ptr<char[]> to(new char[from.size() * bytes]);
+            for (size_t i = 0; i < from.size(); i++) put(type, to.get(), i, from[i]);
+            return to;
+        };
+        std::unique_ptr<char[]> of_out = copied(d_out), of_lse = copied(lses.expected), of_delta = copied(delta), found[3];
+        for (int g = 0; g < 3; g++) found[g].reset(new char[sizes[g] * bytes]());
+        Backward call{a, of_out.get(), of_lse.get(), of_delta.get(), found[0].get(), found[1].get(), found[2].get()};
+        operation(call);
+        double largest = 1, worst = 0;
+        for (int64_t i = 0; i < rows; i++)
+            if (std::isfinite(lses.expected[i])) largest = std::max(largest, std::abs(lses.expected[i]) / 10);
+        for (int g = 0; g < 3; g++) {
+            gradients[g].found.clear();
+            for (int64_t i = 0; i < sizes[g]; i++) gradients[g].found.push_back(get(type, found[g].get(), i));
+            // exp(s - lse) is uncertain by as much as s is.
+            double allowed = a.type == Type::float64 ? 1e-13 * largest : a.type == Type::bfloat16 ? 3e-3 : 2e-6 * largest;
+            worst = std::max(worst, gradients[g].error() / allowed);
+        }
+        return worst;
+    }
+
     void print() const {
         std::printf("type %d batch %ld heads %ld/%ld lengths %ld %ld dims %ld %ld scale %g softcap %g alibi %d dropout %g\n",
                     int(a.type), long(a.batch), long(a.q_heads), long(a.kv_heads), long(a.q_len), long(a.kv_len),
@@ -169,7 +92,10 @@ private:
     std::unique_ptr<Held> q, k, v;
     std::vector<int64_t> lo, hi, rows, keys, own;
     std::vector<float> slopes;
-    Compared outs, lses;
+    Compared outs, lses, gradients[3];  // of q, k, v
+    std::vector<double> d_out, delta;
+
+    static int64_t count_of(const std::unique_ptr<Held>& x) { return x->batch * x->heads * x->length * x->dim; }
 
     void draw_bounds() {
         int64_t masks = random() % 2 ? a.batch : 1, kind = random() % 4, shift = between(random, -5, a.kv_len);
@@ -212,6 +138,18 @@ private:
         return sum;
     }
 
+    static double dot_of_sizes(const std::vector<double>& x, const std::vector<double>& y) {
+        double sum = 0;
+        for (size_t d = 0; d < x.size(); d++) sum += std::abs(x[d] * y[d]);
+        return sum;
+    }
+
+    // Of a score, by the product.
+    double derivative(double product) const {
+        double tanh = a.softcap == 0 ? 0 : std::tanh(a.scale * product / a.softcap);
+        return a.scale * (1 - tanh * tanh);
+    }
+
     double score(int64_t h, int64_t i, int64_t j, double product) const {
         double s = a.scale * product;
         if (a.softcap != 0) s = a.softcap * std::tanh(s / a.softcap);
@@ -227,6 +165,8 @@ private:
     }
 
     void expect() {
+        const std::unique_ptr<Held>* of[3] = {&q, &k, &v};
+        for (int g = 0; g < 3; g++) gradients[g].expected = gradients[g].size = std::vector<double>(count_of(*of[g]));
         for (int64_t b = 0; b < a.batch; b++)
             for (int64_t h = 0; h < a.q_heads; h++) {
                 std::vector<std::vector<double>> of_k, of_v;
@@ -256,6 +196,36 @@ private:
         }
         lses.expected.push_back(total == 0 ? -INFINITY : top + std::log(total));
         lses.size.push_back(std::max(1.0, std::abs(lses.expected.back())));
+        expect_gradients(b, h, i, s, of_k, of_v);
+    }
+
+    // Adds what one row gives, its out and lse being the last that were expected.
+    void expect_gradients(int64_t b, int64_t h, int64_t i, const std::vector<double>& s, const std::vector<std::vector<double>>& of_k,
+                          const std::vector<std::vector<double>>& of_v) {
+        std::normal_distribution<double> normal;
+        const bool seeing = std::isfinite(lses.expected.back());
+        std::vector<double> of_q = q->row(b, h, i), of_out(a.v_dim);
+        double of_lse = normal(random), sum = seeing ? -of_lse : 0;
+        for (double& x : of_out) x = rounded(a.type, normal(random));
+        for (int64_t d = 0; d < a.v_dim; d++) sum += of_out[d] * outs.expected[outs.expected.size() - a.v_dim + d];
+        d_out.insert(d_out.end(), of_out.begin(), of_out.end());
+        delta.push_back(sum);
+        const int64_t row = (b * a.q_heads + h) * a.q_len + i, head = b * a.kv_heads + h / (a.q_heads / a.kv_heads);
+        // As the kernel gets it.
+        const double lse = a.type == Type::float64 ? lses.expected.back() : double(float(lses.expected.back()));
+        for (int64_t j = 0; j < a.kv_len; j++) {
+            if (!sees(b, i, j)) continue;
+            double weight = std::exp(s[j] - lse), keep = kept(b, h, i, j), by_product = derivative(dot(of_q, of_k[j]));
+            double by_score = weight * by_product * (dot(of_out, of_v[j]) * keep - sum);
+            double size = weight * std::abs(by_product) * (dot_of_sizes(of_out, of_v[j]) * keep + std::abs(sum));
+            add(gradients[0], row * a.head_dim, by_score, size, of_k[j]);
+            add(gradients[1], (head * a.kv_len + j) * a.head_dim, by_score, size, of_q);
+            add(gradients[2], (head * a.kv_len + j) * a.v_dim, weight * keep, weight * keep, of_out);
+        }
+    }
+
+    static void add(Compared& to, int64_t at, double factor, double size, const std::vector<double>& row) {
+        for (size_t d = 0; d < row.size(); d++) to.expected[at + d] += factor * row[d], to.size[at + d] += size * std::abs(row[d]);
     }
 };
 
@@ -277,9 +247,10 @@ int main(int count, char** words) {
     for (uint64_t seed = first; seed < first + cases; seed++) {
         Problem problem(seed);
         for (const InstructionSet& set : sets) {
-            double error = problem.forward(set.kernels->prefill);
-            if (error <= 1) continue;
-            std::printf("seed %lu, %s, prefill: %.1f times what is allowed\n", (unsigned long)seed, set.name, error);
+            double forward = problem.forward(set.kernels->prefill), backward = problem.backward(set.kernels->backward);
+            if (forward <= 1 && backward <= 1) continue;
+            std::printf("seed %lu, %s: %.1f times what is allowed in prefill, %.1f in backward\n", (unsigned long)seed, set.name,
+                        forward, backward);
             problem.print();
             return 1;
         }

@@ -15,7 +15,7 @@ from shardsum.scores import Scores
 from shardsum.state import AttentionState
 
 from .. import dense
-from ..tolerances import ROUNDED_WEIGHTS, STATE, assert_close
+from ..tolerances import ROUNDED_GRADIENTS, ROUNDED_WEIGHTS, STATE, assert_close
 
 kernels = pytest.mark.parametrize("name", sorted(KERNELS))
 DEVICES = [
@@ -148,8 +148,9 @@ def test_gradients_on_each_device(name: str, device: str, dtype: torch.dtype, ki
     delta = (d_out.double() * out.detach()).sum(dim=-1)
     gradient = OutputGradient(*(x.detach().float().to(device) for x in (d_out, lse, delta)))
     found = as_kernel(name).backward(*(x.to(device) for x in (q, k, v)), lo, hi, Scores(0.7), gradient)
+    tolerance = ROUNDED_GRADIENTS if name == "native" and dtype == torch.bfloat16 else STATE[dtype]
     for what, mine, whole in zip("qkv", (found.q, found.k, found.v), expected, strict=True):
-        assert_close(mine.cpu(), whole, STATE[dtype], f"d{what} of {name}")
+        assert_close(mine.cpu(), whole, tolerance, f"d{what} of {name}")
 
 
 def test_decode_calls_the_operator_once_with_the_group_folded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,18 @@ class NativeKernel(Kernel):
     def backward(
         self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
     ) -> Gradients:
-        return EagerKernel().backward(q, k, v, lo, hi, scores, gradient)
+        if scores.bias is not None:
+            return EagerKernel().backward(q, k, v, lo, hi, scores, gradient)
+        _check(q, v)
+        q, k, v = (_readable(x, q.dtype) for x in (q, k, v))
+        d_q, d_k, d_v = (torch.zeros(x.shape, dtype=state_dtype(q.dtype)) for x in (q, k, v))
+        if gradient.out.numel() and k.numel():
+            given = [x.to(d_q.dtype).contiguous() for x in (gradient.out, gradient.lse, gradient.delta)]
+            addresses = (tuple(x.data_ptr() for x in tensors) for tensors in (given, (d_q, d_k, d_v)))
+            call, kept_alive = _call(q, k, v, lo, hi, scores)
+            native_module().backward(self.instruction_set, *call, *addresses)
+            del kept_alive
+        return Gradients(d_q, d_k, d_v)
 
 
 @functools.cache
