@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <random>
 #include <vector>
 
@@ -277,11 +278,13 @@ int main(int count, char** words) {
     for (uint64_t seed = first; seed < first + cases; seed++) {
         Problem problem(seed);
         for (const InstructionSet& set : sets) {
-            double error = problem.forward(set.kernels->prefill);
-            if (error <= 1) continue;
-            std::printf("seed %lu, %s, prefill: %.1f times what is allowed\n", (unsigned long)seed, set.name, error);
-            problem.print();
-            return 1;
+            for (const auto& [name, operation] : {std::pair{"prefill", set.kernels->prefill}, std::pair{"decode", set.kernels->decode}}) {
+                double error = problem.forward(operation);
+                if (error <= 1) continue;
+                std::printf("seed %lu, %s, %s: %.1f times what is allowed\n", (unsigned long)seed, set.name, name, error);
+                problem.print();
+                return 1;
+            }
         }
     }
     std::printf("%lu problems right, on", (unsigned long)cases);
