@@ -12,7 +12,7 @@ namespace SHARDSUM_ISA {
 
 // Rows that go through the keys together, and keys of a block, whose keys and values lie in L1 or L2.
 constexpr int64_t ROWS_AT_ONCE = 4, BLOCK = 64;
-// So many keys ahead of its use memory is asked for.
+// So many keys ahead of its use memory is asked for, into L2: L1 holds no more than the block itself.
 constexpr int64_t AHEAD = 64;
 
 // A state for each row and chunk: the weighted sum of values, the weights' sum, and the largest score in base 2.
@@ -49,7 +49,7 @@ template <> struct StepOf<bfloat16> {
 #endif
 
 // Lane i of the result is the sum of the lanes of v[i], of lanes<T> vectors.
-template <typename T, int STEP = lanes<T> / 2> inline Vector<T> sums_of(Vector<T>* v) {
+template <typename T, int STEP = lanes<T> / 2> __attribute__((always_inline)) inline Vector<T> sums_of(Vector<T>* v) {
     constexpr auto all = std::make_integer_sequence<int, lanes<T>>();
 #pragma GCC unroll 8
     for (int i = 0; i < STEP; i++) v[i] = crossed<STEP, false>(v[i], v[i + STEP], all) + crossed<STEP, true>(v[i], v[i + STEP], all);
@@ -131,7 +131,7 @@ private:
     // Asks for the bytes [from, to) of the row that is read AHEAD keys later, if the chunk's sequence goes so far.
     void ask_for(const E* row, int64_t stride, int64_t key, int64_t from, int64_t to) const {
         const char* ahead = reinterpret_cast<const char*>(row + std::min(AHEAD, a.kv_len - 1 - key) * stride);
-        for (int64_t byte = from; byte < to; byte += 64) __builtin_prefetch(ahead + byte);
+        for (int64_t byte = from; byte < to; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
     }
 
     // The products of ROWS rows and all keys of a block, some keys at a time: each key's elements serve all rows.
@@ -145,7 +145,9 @@ private:
                 k[i] = row_of<E>(a.k, sequence, kv_head, at);
                 if (r == 0) ask_for(k[i], a.k.row, at, 0, row_bytes);
             }
-            Vector<T> sum[n] = {};
+            Vector<T> sum[n];
+#pragma GCC unroll 16
+            for (int i = 0; i < n; i++) sum[i] = Vector<T>{};
             const Q* some = q + r * q_width;
             for (int64_t d = 0; d < whole; d += Step::SIZE, some += n)
                 multiply<ROWS, KEYS>([&](int i) { return Step::take(k[i] + d); }, some, sum);
@@ -157,7 +159,8 @@ private:
         }
     }
 
-    template <int ROWS, int KEYS, typename Take> void multiply(Take take, const Q* some, Vector<T>* sum) const {
+    template <int ROWS, int KEYS, typename Take>
+    __attribute__((always_inline)) void multiply(Take take, const Q* some, Vector<T>* sum) const {
 #pragma GCC unroll 16
         for (int i = 0; i < KEYS; i++) {
             auto of_key = take(i);
@@ -238,7 +241,11 @@ private:
 
     template <int ROWS, int VECTORS, typename Take>
     void add_tile(int64_t r, int64_t key, int64_t begin, int64_t end, int64_t column, Take take) {
-        Vector<T> sum[ROWS][VECTORS] = {};
+        Vector<T> sum[ROWS][VECTORS];
+#pragma GCC unroll 4
+        for (int row = 0; row < ROWS; row++)
+#pragma GCC unroll 8
+            for (int i = 0; i < VECTORS; i++) sum[row][i] = Vector<T>{};
         const T* weights = scores + r * BLOCK;
         const E* v = row_of<E>(a.v, sequence, kv_head, key + begin) + column;
         for (int64_t j = begin; j < end; j++, v += a.v.row) {
@@ -250,7 +257,9 @@ private:
                 for (int row = 0; row < ROWS; row++) sum[row][i] += of_key * weights[row * BLOCK + j];
             }
         }
+#pragma GCC unroll 4
         for (int row = 0; row < ROWS; row++)
+#pragma GCC unroll 8
             for (int i = 0; i < VECTORS; i++) {
                 T* to = states->sum(number, r + row) + column + i * n;
                 store_vector(to, load(to) + sum[row][i]);

@@ -1,4 +1,4 @@
-"""What the tests of the C++ kernels share: random tensors and intervals, and the comparison with the definition."""
+"""What the tests of the C++ kernels share: tensors, intervals, and the comparison with the definition."""
 
 from __future__ import annotations
 
