@@ -42,9 +42,12 @@ struct Backward : Attention {
     void *d_q, *d_k, *d_v;
 };
 
+constexpr int64_t LARGEST_DIM = 512;  // head_dim and v_dim
+
 // The operations as compiled for one instruction set.
 struct Kernels {
-    void (*prefill)(const Forward&);
+    void (*prefill)(const Forward&);  // any number of rows
+    void (*decode)(const Forward&);   // the same for few
     void (*backward)(const Backward&);
     double (*read_memory)(const float* data, int64_t count, int threads);
     double (*multiply_add)(bool of_bfloat16, int64_t rounds, int threads);

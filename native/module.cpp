@@ -69,12 +69,14 @@ Attention attention(int type, const Sizes& sizes, const Strided& q, const Stride
     return a;
 }
 
-void prefill(const std::string& isa, int type, const Sizes& sizes, const Strided& q, const Strided& k,
+// A function of Python for an operation that makes a state.
+template <void (*Kernels::*OPERATION)(const Forward&)>
+void forward(const std::string& isa, int type, const Sizes& sizes, const Strided& q, const Strided& k,
              const Strided& v, const Bounds& bounds, const Scores& scores, int threads, intptr_t out, intptr_t lse) {
     const Kernels& kernels = kernels_of(isa);
     Forward a{attention(type, sizes, q, k, v, bounds, scores, threads), pointer<void>(out), pointer<void>(lse)};
     nb::gil_scoped_release release;
-    kernels.prefill(a);
+    (kernels.*OPERATION)(a);
 }
 
 void backward(const std::string& isa, int type, const Sizes& sizes, const Strided& q, const Strided& k,
@@ -104,7 +106,8 @@ double multiply_add(const std::string& isa, bool of_bfloat16, int64_t rounds, in
 
 NB_MODULE(_native, m) {
     m.def("instruction_sets", that_run_here, "The instruction sets that run on this machine, the best first.");
-    m.def("prefill", prefill);
+    m.def("prefill", forward<&Kernels::prefill>);
+    m.def("decode", forward<&Kernels::decode>);
     m.def("backward", backward);
     m.def("read_memory", read_memory);
     m.def("multiply_add", multiply_add);

@@ -87,9 +87,6 @@ private:
         return v + column / PANEL<P> * (KEYS<P> / PER * PANEL<P>) + j / PER * PANEL<P> + column % PANEL<P>;
     }
 
-    // What products are multiplied by: never 0, for -inf marks what is masked.
-    T factor() const { return std::max(std::abs(query_factor<T>(a)), std::numeric_limits<T>::min()); }
-
     void pack_queries() {
         int sign = query_factor<T>(a) < 0 ? -1 : 1;
         for (int64_t g = 0; g < group; g++) {
@@ -149,7 +146,7 @@ private:
             multiply<P>({q + r * inner, inner, 1, k + j * inner, PANEL<P>, scores + j, KEYS<P>, padded_count,
                          std::min(int64_t(PANEL<P>), end - j), inner, false});
         if (plain && a.dropout_p == 0 && size % KEY_STEP == 0 && span.covers(key, size))
-            for (int64_t i = 0; i < count; i++) weigh<false>(r + i, key, {0, size}, factor(), scores + i * KEYS<P>);
+            for (int64_t i = 0; i < count; i++) weigh<false>(r + i, key, {0, size}, product_factor<T>(a), scores + i * KEYS<P>);
         else
             for (int64_t i = 0; i < count; i++) mask_and_weigh(r + i, key, size, {begin, end}, scores + i * KEYS<P>);
         for (int64_t c = 0; c < v_width; c += PANEL<P>)
@@ -174,7 +171,7 @@ private:
     void mask_and_weigh(int64_t r, int64_t key, int64_t size, Seen range, T* s) {
         Seen visible{std::max(sees[r].begin - key, int64_t(0)), std::min(sees[r].end - key, size)};
         if (visible.begin >= visible.end) return clear(s, range);
-        T scale = factor();
+        T scale = product_factor<T>(a);
         if (!plain) {
             for (int64_t j = range.begin; j < range.end; j += lanes<T>) store_vector(s + j, load(s + j) * scale);
             finish_scores(a, t.sequence, head(r), position(r), key, size, s);

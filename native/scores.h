@@ -36,6 +36,11 @@ template <typename T> inline T query_factor(const Attention& a) {
     return T(a.softcap != 0 ? a.scale / a.softcap : a.scale * LOG2_E);
 }
 
+// What products are multiplied by, once q has the factor's sign: never 0, for -inf marks what is masked.
+template <typename T> inline T product_factor(const Attention& a) {
+    return std::max(std::abs(query_factor<T>(a)), std::numeric_limits<T>::min());
+}
+
 // Whether a score is the scaled product and nothing else.
 inline bool is_plain(const Attention& a) { return a.softcap == 0 && a.alibi_slopes == nullptr; }
 

@@ -17,7 +17,7 @@ from shardsum.scores import Scores
 
 from .. import dense
 from ..tolerances import ROUNDED_GRADIENTS, STATE, assert_close, relative_norm
-from .test_native_prefill import causal, normal, visible
+from .native import causal, normal, visible
 
 each_instruction_set = pytest.mark.parametrize("isa", instruction_sets())
 each_dtype = pytest.mark.parametrize("dtype", list(STATE))

@@ -18,6 +18,8 @@ from .reference import EagerKernel
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 LARGEST_DIM = 512
+# Up to so many rows for each KV head, decode is faster than prefill.
+DECODE_ROWS = 16
 
 
 class NativeKernel(Kernel):
@@ -47,7 +49,9 @@ class NativeKernel(Kernel):
         state = AttentionState.empty(*q.shape[:3], v.shape[3], dtype=state_dtype(q.dtype))
         if state.out.numel() and k.shape[2]:
             call, kept_alive = _call(q, k, v, lo, hi, scores)
-            native_module().prefill(self.instruction_set, *call, state.out.data_ptr(), state.lse.data_ptr())
+            few = q.shape[1] // k.shape[1] * q.shape[2] <= DECODE_ROWS
+            operation = native_module().decode if few else native_module().prefill
+            operation(self.instruction_set, *call, state.out.data_ptr(), state.lse.data_ptr())
             del kept_alive
         return state
 

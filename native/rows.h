@@ -1,0 +1,270 @@
+// A chunk of keys for the few rows that see it: what decode does between memory and a state.
+#pragma once
+
+#include <vector>
+
+#include "matrix.h"
+#include "pack.h"
+#include "scores.h"
+#include "scratch.h"
+
+namespace SHARDSUM_ISA {
+
+// Rows that go through the keys together, and keys of a block, whose keys and values lie in L1 or L2.
+constexpr int64_t ROWS_AT_ONCE = 4, BLOCK = 64;
+// So many keys ahead of its use memory is asked for, into L2: L1 holds no more than the block itself.
+constexpr int64_t AHEAD = 64;
+
+// A state for each row and chunk: the weighted sum of values, the weights' sum, and the largest score in base 2.
+template <typename T> class States {
+public:
+    const int64_t width;
+
+    States(const Attention& a, int64_t rows, int64_t chunks, Scratch& scratch)
+        : width(padded(a.v_dim, lanes<T>)), rows(rows), memory(scratch.get<T>(chunks * rows * (width + lanes<T>))) {}
+
+    T* sum(int64_t chunk, int64_t row) const { return memory + (chunk * rows + row) * (width + lanes<T>); }
+    T& total(int64_t chunk, int64_t row) const { return sum(chunk, row)[width]; }
+    T& top(int64_t chunk, int64_t row) const { return sum(chunk, row)[width + 1]; }
+
+private:
+    const int64_t rows;
+    T* const memory;
+};
+
+// What a step of a product takes from a row: elements as they are computed with, or pairs where instructions take them.
+template <typename E> struct StepOf {
+    typedef decltype(element(E{})) Packed;
+    static constexpr int64_t SIZE = lanes<Packed>;
+    static auto take(const E* p) { return load(p); }
+    static auto take_some(const E* p, int64_t n) { return load_some(p, int(n)); }
+};
+#if defined(__AVX512BF16__)
+template <> struct StepOf<bfloat16> {
+    typedef Pair Packed;
+    static constexpr int64_t SIZE = 32;
+    static Pairs take(const bfloat16* p) { return load_vector<Pairs>(p); }
+    static Pairs take_some(const bfloat16* p, int64_t n) { return (Pairs)_mm512_maskz_loadu_epi16((1u << n) - 1, p); }
+};
+#endif
+
+// Lane i of the result is the sum of the lanes of v[i], of lanes<T> vectors.
+template <typename T, int STEP = lanes<T> / 2> __attribute__((always_inline)) inline Vector<T> sums_of(Vector<T>* v) {
+    constexpr auto all = std::make_integer_sequence<int, lanes<T>>();
+#pragma GCC unroll 8
+    for (int i = 0; i < STEP; i++) v[i] = crossed<STEP, false>(v[i], v[i + STEP], all) + crossed<STEP, true>(v[i], v[i + STEP], all);
+    if constexpr (STEP > 1) return sums_of<T, STEP / 2>(v);
+    return v[0];
+}
+
+template <typename E> class RowsOfChunk {
+    typedef decltype(element(E{})) T;
+    typedef StepOf<E> Step;
+    typedef typename Step::Packed Q;
+    static constexpr int n = lanes<T>;
+    static constexpr int MOST_ROWS = std::min(int(ROWS_AT_ONCE), n / 2);
+
+public:
+    RowsOfChunk(const Forward& a, int64_t sequence, int64_t kv_head, Scratch& scratch)
+        : a(a), sequence(sequence), kv_head(kv_head), group(a.q_heads / a.kv_heads), rows(group * a.q_len),
+          q_width(padded(a.head_dim, Step::SIZE) / (std::is_same_v<Q, Pair> ? 2 : 1)) {
+        const int64_t q_bytes = padded(rows * q_width * int64_t(sizeof(Q)), 64), s_bytes = padded(rows * BLOCK * int64_t(sizeof(T)), 64);
+        char* memory = scratch.get<char>(q_bytes + s_bytes + rows * int64_t(sizeof(Seen)));
+        q = reinterpret_cast<Q*>(memory);
+        scores = reinterpret_cast<T*>(memory + q_bytes);
+        sees = reinterpret_cast<Seen*>(memory + q_bytes + s_bytes);
+        pack_queries();
+    }
+
+    // The states of the keys [begin, end) become those of `chunk`.
+    void attend(int64_t begin, int64_t end, const States<T>& to, int64_t chunk) {
+        states = &to, number = chunk;
+        Seen whole{end, begin};
+        for (int64_t r = 0; r < rows; r++) {
+            Seen s = seen(a, sequence, r % a.q_len, 0, a.kv_len);
+            sees[r] = {std::max(s.begin, begin), std::min(s.end, end)};
+            if (sees[r].begin < sees[r].end) whole = {std::min(whole.begin, sees[r].begin), std::max(whole.end, sees[r].end)};
+            std::fill(to.sum(chunk, r), to.sum(chunk, r) + to.width, T(0));
+            to.total(chunk, r) = 0, to.top(chunk, r) = -INFINITY;
+        }
+        for (int64_t key = whole.begin; key < whole.end; key += BLOCK) block(key, std::min(BLOCK, whole.end - key));
+    }
+
+private:
+    const Forward& a;
+    const int64_t sequence, kv_head, group, rows, q_width;
+    Q* q;
+    T* scores;
+    Seen* sees;
+    const States<T>* states = nullptr;
+    int64_t number = 0;
+
+    void pack_queries() {
+        const int sign = query_factor<T>(a) < 0 ? -1 : 1;
+        for (int64_t g = 0; g < group; g++) {
+            const E* from = row_of<E>(a.q, sequence, kv_head * group + g, 0);
+            Q* to = q + g * a.q_len * q_width;
+            if constexpr (std::is_same_v<Q, Pair>) pack_rows(from, a.q.row, a.q_len, a.head_dim, sign, to, q_width);
+            else pack_rows(from, a.q.row, a.q_len, a.head_dim, T(sign), to, q_width);
+        }
+    }
+
+    void block(int64_t key, int64_t size) {
+        for (int64_t r = 0; r < rows; r += MOST_ROWS) {
+            switch (std::min(rows - r, int64_t(MOST_ROWS))) {
+                case 4: if constexpr (MOST_ROWS >= 4) products<4>(r, key, size); break;
+                case 3: if constexpr (MOST_ROWS >= 3) products<3>(r, key, size); break;
+                case 2: if constexpr (MOST_ROWS >= 2) products<2>(r, key, size); break;
+                default: products<1>(r, key, size);
+            }
+        }
+        bool all = true;
+        for (int64_t r = 0; r < rows; r++) {
+            Seen visible{std::max(sees[r].begin - key, int64_t(0)), std::min(sees[r].end - key, size)};
+            if (visible.begin < visible.end) weigh(r, key, size, visible);
+            all &= visible.begin == 0 && visible.end == size;
+        }
+        if (all) add_values(key, size);
+        else add_seen_values(key, size);
+    }
+
+    // Asks for the bytes [from, to) of the row that is read AHEAD keys later, if the chunk's sequence goes so far.
+    void ask_for(const E* row, int64_t stride, int64_t key, int64_t from, int64_t to) const {
+        const char* ahead = reinterpret_cast<const char*>(row + std::min(AHEAD, a.kv_len - 1 - key) * stride);
+        for (int64_t byte = from; byte < to; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
+    }
+
+    // The products of ROWS rows and all keys of a block, some keys at a time: each key's elements serve all rows.
+    template <int ROWS> void products(int64_t r, int64_t key, int64_t size) {
+        constexpr int KEYS = ROWS == 1 ? n : ROWS == 2 ? n / 2 : n / 4;
+        const int64_t whole = a.head_dim / Step::SIZE * Step::SIZE, row_bytes = a.head_dim * int64_t(sizeof(E));
+        for (int64_t j = 0; j < size; j += KEYS) {
+            const E* k[KEYS];
+            for (int i = 0; i < KEYS; i++) {
+                int64_t at = key + std::min(j + i, size - 1);  // behind the last comes the last again
+                k[i] = row_of<E>(a.k, sequence, kv_head, at);
+                if (r == 0) ask_for(k[i], a.k.row, at, 0, row_bytes);
+            }
+            Vector<T> sum[n];
+#pragma GCC unroll 16
+            for (int i = 0; i < n; i++) sum[i] = Vector<T>{};
+            const Q* some = q + r * q_width;
+            for (int64_t d = 0; d < whole; d += Step::SIZE, some += n)
+                multiply<ROWS, KEYS>([&](int i) { return Step::take(k[i] + d); }, some, sum);
+            if (whole < a.head_dim)
+                multiply<ROWS, KEYS>([&](int i) { return Step::take_some(k[i] + whole, a.head_dim - whole); }, some, sum);
+            T found[n];
+            store_vector(found, sums_of<T>(sum));
+            for (int i = 0; i < ROWS; i++) std::memcpy(scores + (r + i) * BLOCK + j, found + i * KEYS, KEYS * sizeof(T));
+        }
+    }
+
+    template <int ROWS, int KEYS, typename Take>
+    __attribute__((always_inline)) void multiply(Take take, const Q* some, Vector<T>* sum) const {
+#pragma GCC unroll 16
+        for (int i = 0; i < KEYS; i++) {
+            auto of_key = take(i);
+#pragma GCC unroll 4
+            for (int row = 0; row < ROWS; row++)
+                sum[row * KEYS + i] = multiply_add(of_key, right(some + row * q_width), sum[row * KEYS + i]);
+        }
+    }
+
+    // A row's products become weights under its new maximum, those of the keys that it sees.
+    void weigh(int64_t r, int64_t key, int64_t size, Seen visible) {
+        T *s = scores + r * BLOCK, scale = product_factor<T>(a), &top = states->top(number, r);
+        const int64_t steps = padded(size, n);
+        if (!is_plain(a)) {
+            for (int64_t j = 0; j < steps; j += n) store_vector(s + j, load(s + j) * scale);
+            finish_scores(a, sequence, kv_head * group + r / a.q_len, r % a.q_len, key, size, s);
+            scale = 1;
+        }
+        std::fill(s, s + visible.begin, -INFINITY);
+        std::fill(s + visible.end, s + steps, -INFINITY);
+        Vector<T> highest = broadcast(T(-INFINITY));
+        for (int64_t j = 0; j < steps; j += n) highest = maximum<T>(load(s + j), highest);
+        highest *= scale;
+        if (any<T>(highest > top)) raise(r, maximum_of<T>(highest));
+        Vector<T> now = broadcast(top == -INFINITY ? T(0) : top), sums{};
+        for (int64_t j = 0; j < steps; j += n) {
+            Vector<T> weights = exp2(load(s + j) * scale - now);
+            sums += weights;
+            store_vector(s + j, weights);
+        }
+        states->total(number, r) += sum_of<T>(sums);
+        if (a.dropout_p != 0) drop(r, key, visible, s);
+    }
+
+    void drop(int64_t r, int64_t key, Seen visible, T* weights) const {
+        uint64_t word = dropout_word(a, sequence, kv_head * group + r / a.q_len, r % a.q_len);
+        for (int64_t j = visible.begin; j < visible.end; j++) weights[j] *= T(kept(a, word, key + j));
+    }
+
+    // What was summed under a smaller maximum is scaled down.
+    void raise(int64_t r, T highest) {
+        T& top = states->top(number, r);
+        if (top != -INFINITY) {
+            T shrunk = exp2(broadcast(top - highest))[0], *sum = states->sum(number, r);
+            states->total(number, r) *= shrunk;
+            for (int64_t j = 0; j < states->width; j += n) store_vector(sum + j, load(sum + j) * shrunk);
+        }
+        top = highest;
+    }
+
+    void add_values(int64_t key, int64_t size) {
+        for (int64_t r = 0; r < rows; r += MOST_ROWS) {
+            switch (std::min(rows - r, int64_t(MOST_ROWS))) {
+                case 4: if constexpr (MOST_ROWS >= 4) add_columns<4, TILE_VECTORS>(r, key, 0, size, 0); break;
+                case 3: if constexpr (MOST_ROWS >= 3) add_columns<3, TILE_VECTORS>(r, key, 0, size, 0); break;
+                case 2: if constexpr (MOST_ROWS >= 2) add_columns<2, 2 * TILE_VECTORS>(r, key, 0, size, 0); break;
+                default: add_columns<1, 2 * TILE_VECTORS>(r, key, 0, size, 0);
+            }
+        }
+    }
+
+    // Row by row: a value that a row does not see may be NaN, and 0 * NaN is NaN.
+    void add_seen_values(int64_t key, int64_t size) {
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t begin = std::max(sees[r].begin - key, int64_t(0)), end = std::min(sees[r].end - key, size);
+            if (begin < end) add_columns<1, 2 * TILE_VECTORS>(r, key, begin, end, 0);
+        }
+    }
+
+    // To the sums of ROWS rows, the values of a block's keys [begin, end), from `column` on: VECTORS at a time, then fewer.
+    template <int ROWS, int VECTORS> void add_columns(int64_t r, int64_t key, int64_t begin, int64_t end, int64_t column) {
+        for (; column + VECTORS * n <= a.v_dim; column += VECTORS * n)
+            add_tile<ROWS, VECTORS>(r, key, begin, end, column, [](const E* p) { return load(p); });
+        if constexpr (VECTORS > 1) add_columns<ROWS, VECTORS / 2>(r, key, begin, end, column);
+        else if (column < a.v_dim)
+            add_tile<ROWS, 1>(r, key, begin, end, column, [&](const E* p) { return load_some(p, int(a.v_dim - column)); });
+    }
+
+    template <int ROWS, int VECTORS, typename Take>
+    void add_tile(int64_t r, int64_t key, int64_t begin, int64_t end, int64_t column, Take take) {
+        Vector<T> sum[ROWS][VECTORS];
+#pragma GCC unroll 4
+        for (int row = 0; row < ROWS; row++)
+#pragma GCC unroll 8
+            for (int i = 0; i < VECTORS; i++) sum[row][i] = Vector<T>{};
+        const T* weights = scores + r * BLOCK;
+        const E* v = row_of<E>(a.v, sequence, kv_head, key + begin) + column;
+        for (int64_t j = begin; j < end; j++, v += a.v.row) {
+            if (r == 0) ask_for(v, a.v.row, key + j, 0, VECTORS * n * sizeof(E));
+#pragma GCC unroll 8
+            for (int i = 0; i < VECTORS; i++) {
+                Vector<T> of_key = take(v + i * n);
+#pragma GCC unroll 4
+                for (int row = 0; row < ROWS; row++) sum[row][i] += of_key * weights[row * BLOCK + j];
+            }
+        }
+#pragma GCC unroll 4
+        for (int row = 0; row < ROWS; row++)
+#pragma GCC unroll 8
+            for (int i = 0; i < VECTORS; i++) {
+                T* to = states->sum(number, r + row) + column + i * n;
+                store_vector(to, load(to) + sum[row][i]);
+            }
+    }
+};
+
+}  // namespace SHARDSUM_ISA

@@ -1,0 +1,135 @@
+"""Decode in C++ on every instruction set that this machine has, against the float64 definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardsum.kernels.native import DECODE_ROWS, NativeKernel
+from shardsum.scores import Scores
+
+from .. import dense
+from ..tolerances import STATE, relative_norm
+from .native import causal, check, each_instruction_set, normal, visible
+
+each_dtype = pytest.mark.parametrize("dtype", list(STATE))
+
+
+@each_instruction_set
+@settings(max_examples=60)
+@given(st.data())
+def test_any_shape_interval_dtype_stride_and_option(isa: str, data: st.DataObject) -> None:
+    draw = data.draw
+    batch, kv_heads, group = (draw(st.integers(1, high)) for high in (3, 2, 9))
+    q_len = draw(st.integers(1, DECODE_ROWS // group))
+    kv_len = draw(st.sampled_from([1, 15, 33, 64, 130, 511, 512, 513, 1700]))
+    head_dim, v_dim = (draw(st.sampled_from([1, 2, 31, 64, 80, 96, 128, 129, 512])) for _ in range(2))
+    dtype, seed = draw(st.sampled_from(list(STATE))), draw(st.integers(0, 2**31))
+    q = normal(seed, batch, q_len, kv_heads * group, head_dim, dtype=dtype).transpose(1, 2)
+    k = normal(seed + 1, batch, kv_len, kv_heads, head_dim + 3, dtype=dtype)[..., 1:-2].transpose(1, 2)
+    v = normal(seed + 2, batch, kv_heads, kv_len, v_dim, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    bounds = torch.randint(kv_len + 1, (2, draw(st.sampled_from([1, batch])), q_len), generator=generator)
+    lo, hi = bounds.sort(dim=0).values if draw(st.booleans()) else causal(q_len, kv_len)
+    softcap = draw(st.sampled_from([None, 0.5, 20.0]))
+    # Scores stay below 20: a score of 200 is uncertain by 200 * 2^-24, and so is its weight.
+    slopes = 0.01 * torch.rand(kv_heads * group, generator=generator) if draw(st.booleans()) else None
+    own, keys = torch.arange(q_len).unsqueeze(0) + 5, torch.arange(kv_len)
+    scale = draw(st.sampled_from([1.0, -0.7])) / math.sqrt(head_dim)
+    scores = Scores(scale, softcap=softcap, alibi_slopes=slopes, keys=keys, own=own)
+    distance = (own.unsqueeze(-1) - keys).abs().float()
+    check(isa, q, k, v, lo, hi, scores, softcap=softcap, alibi=None if slopes is None else (slopes, distance))
+
+
+@each_instruction_set
+@each_dtype
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 16])
+def test_many_chunks_of_sequences_of_different_lengths(isa: str, dtype: torch.dtype, group: int) -> None:
+    q = normal(0, 4, 2 * group, 1, 64, dtype=dtype)
+    k, v = (normal(i, 4, 2, 3000, 64, dtype=dtype) for i in (1, 2))
+    hi = torch.tensor([[3000], [1], [0], [1500]])
+    for b in range(4):
+        k[b, :, int(hi[b]) :] = v[b, :, int(hi[b]) :] = math.nan
+    state = NativeKernel(isa).forward(q, k, v, (hi - 2000).clamp(min=0), hi, Scores(0.125))
+    assert torch.equal(state.out[2], torch.zeros_like(state.out[2]))
+    assert bool((state.lse[2] == -torch.inf).all())
+    kept = visible(torch.zeros_like(hi), hi, 3000).squeeze(1)[:, None, :, None]
+    check(isa, q, k.masked_fill(~kept, 0), v.masked_fill(~kept, 0), (hi - 2000).clamp(min=0), hi, Scores(0.125))
+    clean = NativeKernel(isa).forward(
+        q, k.masked_fill(~kept, 0), v.masked_fill(~kept, 0), (hi - 2000).clamp(min=0), hi, Scores(0.125)
+    )
+    assert torch.equal(state.out, clean.out)
+    assert torch.equal(state.lse, clean.lse)
+
+
+@each_instruction_set
+@each_dtype
+def test_dropout_keeps_what_scores_says(isa: str, dtype: torch.dtype) -> None:
+    q, k, v = (
+        normal(i, 2, heads, length, 16, dtype=dtype)
+        for i, (heads, length) in enumerate([(4, 3), (2, 900), (2, 900)])
+    )
+    lo, hi = causal(3, 900)
+    scores = Scores(0.25, dropout_p=0.3, seed=9, head=1, rows=torch.arange(3) * 3, keys=torch.arange(900) + 7)
+    kept = scores.kept(torch.zeros(2, 4, 3, 900, dtype=torch.float64))
+    check(isa, q, k, v, lo, hi, scores, kept=kept)
+
+
+@each_instruction_set
+@each_dtype
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_value_reaches_the_rows_that_see_it_and_no_other(isa: str, dtype: torch.dtype, bad: float) -> None:
+    q, k, v = (
+        normal(i, 2, heads, length, 5, dtype=dtype)
+        for i, (heads, length) in enumerate([(2, 6), (1, 700), (1, 700)])
+    )
+    v[0, 0, 697, 3] = v[1, 0, 17, 1] = k[1, 0, 699, 2] = bad
+    lo, hi = causal(6, 699)
+    check(isa, q, k, v, lo, hi, Scores(0.4))
+    clean = NativeKernel(isa).forward(q, k.nan_to_num(0, 0, 0), v.nan_to_num(0, 0, 0), lo, hi, Scores(0.4))
+    state = NativeKernel(isa).forward(q, k, v, lo, hi, Scores(0.4))
+    unseen = hi[0] <= 697
+    assert bool(unseen.any())
+    assert torch.equal(state.out[0][:, unseen], clean.out[0][:, unseen])
+
+
+@each_instruction_set
+@each_dtype
+def test_scores_of_80_of_either_sign(isa: str, dtype: torch.dtype) -> None:
+    q, k, v = (
+        torch.ones(1, 2, 1, 16, dtype=dtype),
+        normal(1, 1, 2, 1300, 16, dtype=dtype),
+        normal(2, 1, 2, 1300, 8, dtype=dtype),
+    )
+    k[:, 0], k[:, 1] = k[:, 0] / 16 + 5, k[:, 1] / 16 - 5
+    state = NativeKernel(isa).forward(q, k, v, *causal(1, 1300), Scores(1.0))
+    out, lse = dense.attention(q, k, v, visible(*causal(1, 1300), 1300), 1.0)
+    # A score of 80 is uncertain by 80 * 2^-24.
+    assert relative_norm(state.out, out) <= (1e-13 if dtype == torch.float64 else 2e-5)
+    assert relative_norm(state.lse, lse) <= (1e-13 if dtype == torch.float64 else 2e-6)
+
+
+@each_instruction_set
+@each_dtype
+def test_a_row_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(
+    isa: str, dtype: torch.dtype
+) -> None:
+    q, k, v = (
+        normal(i, 2, heads, length, 48, dtype=dtype)
+        for i, (heads, length) in enumerate([(4, 5), (2, 2700), (2, 2700)])
+    )
+    lo, hi = causal(5, 2700)
+    lo = (hi - 1450).clamp(min=0)
+    kernel, threads = NativeKernel(isa), torch.get_num_threads()
+    whole = kernel.forward(q, k, v, lo, hi, Scores(0.15))
+    try:
+        torch.set_num_threads(3 - min(threads, 2))
+        other = kernel.forward(q, k, v, lo, hi, Scores(0.15))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(whole.out, other.out)
+    assert torch.equal(whole.lse, other.lse)
