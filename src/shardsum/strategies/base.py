@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -67,7 +67,8 @@ class Call:
         state = functools.reduce(merge, states)
         if not state.is_finite():
             bad = state.lse.isnan() | (state.lse == torch.inf) | ~state.out.isfinite().all(dim=-1)
-            first = tuple(bad.nonzero()[0].tolist())
+            batch, head, row = bad.nonzero()[0].tolist()
+            first = (batch, head + self.scores.head, row)
             warnings.warn(
                 f"rank {self.comm.rank}: the attention over the keys of rank {keys_of} gave NaN or Inf, "
                 f"first at (batch, head, row) {first} of the queries of rank {rows_of}.",
@@ -155,6 +156,16 @@ class Call:
         if "rows" not in self._routes:
             self._routes["rows"] = Route.of(self.comm.size, self._rows_that_see)
         return self._routes["rows"]
+
+    def some_heads(self, kv_heads: slice) -> Call:
+        """The call of some of the KV heads, and of the query heads that read them."""
+        q_heads = self.q_heads_of(kv_heads)
+        scores = self.scores.some_heads(q_heads.start, q_heads.stop)
+        return replace(self, q=self.q[:, q_heads], k=self.k[:, kv_heads], v=self.v[:, kv_heads], scores=scores)
+
+    def q_heads_of(self, kv_heads: slice) -> slice:
+        group = self.q.shape[1] // self.k.shape[1]
+        return slice(kv_heads.start * group, kv_heads.stop * group)
 
     def q_shape(self, rank: int) -> tuple[int, ...]:
         return (*self.q.shape[:2], len(self.queries.positions[rank]), self.q.shape[3])

@@ -1,8 +1,9 @@
-"""Queries stay, keys and values go round: at most two shards on a rank, and the next one travels meanwhile."""
+"""Queries stay, keys and values go round, some heads at a time, and the next ones travel meanwhile."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -10,15 +11,19 @@ from torch import Tensor
 
 from ..comm import Traffic
 from ..kernels import Gradients, OutputGradient
+from ..problem import state_dtype
 from ..state import AttentionState, merge
 from .base import Call, Strategy
 from .circulation import circulate
+
+PIECE_BYTES = 1 << 22
 
 
 class Ring(Strategy):
     """Attend to the shard at hand while the next one arrives from a neighbour. A key goes only as far as ranks
     may see it, up or down the ring, whichever is less. In the backward pass dK and dV travel one hop behind, and
-    home from where their key ends.
+    home from where their key ends. Heads are sums of their own, so a shard goes round some heads at a time:
+    `piece_bytes` of keys and values, or one KV head. A rank holds a few times that beside its own shard.
 
     Source: Liu, Zaharia, Abbeel 2023 (ring attention, section 3).
     """
@@ -26,7 +31,26 @@ class Ring(Strategy):
     name = "ring"
     rows_stay = True
 
+    def __init__(self, piece_bytes: int = PIECE_BYTES) -> None:
+        if piece_bytes < 1:
+            raise ValueError(f"piece_bytes must be positive: got {piece_bytes}.")
+        self._piece_bytes = piece_bytes
+        if piece_bytes != PIECE_BYTES:
+            self.name = f"ring, pieces of {piece_bytes} bytes"
+
     def forward(self, call: Call) -> AttentionState:
+        pieces = self._pieces(call)
+        if len(pieces) == 1:
+            return self._forward(call)
+        state = AttentionState.empty(
+            *call.q.shape[:3], call.v.shape[3], dtype=state_dtype(call.q.dtype), device=call.q.device
+        )
+        for heads in pieces:
+            found, rows = self._forward(call.some_heads(heads)), call.q_heads_of(heads)
+            state.out[:, rows], state.lse[:, rows] = found.out, found.lse
+        return state
+
+    def _forward(self, call: Call) -> AttentionState:
         rank = call.comm.rank
         states: dict[int, AttentionState] = {}
 
@@ -41,6 +65,18 @@ class Ring(Strategy):
         return functools.reduce(merge, (states[owner] for owner in sorted(states)))
 
     def _backward(self, call: Call, gradient: OutputGradient) -> Gradients:
+        pieces = self._pieces(call)
+        if len(pieces) == 1:
+            return self._backward_of_piece(call, gradient)
+        whole = Gradients(*(torch.empty_like(x, dtype=state_dtype(x.dtype)) for x in (call.q, call.k, call.v)))
+        for heads in pieces:
+            rows = call.q_heads_of(heads)
+            part = OutputGradient(gradient.out[:, rows], gradient.lse[:, rows], gradient.delta[:, rows])
+            found = self._backward_of_piece(call.some_heads(heads), part)
+            whole.q[:, rows], whole.k[:, heads], whole.v[:, heads] = found.q, found.k, found.v
+        return whole
+
+    def _backward_of_piece(self, call: Call, gradient: OutputGradient) -> Gradients:
         rank = call.comm.rank
         d_q: list[Tensor] = []
         d_bias: list[Tensor] = []
@@ -59,10 +95,29 @@ class Ring(Strategy):
         return Gradients(d_q[0], d_k, d_v, d_bias[0] if d_bias else None)
 
     def _traffic(self, call: Call) -> Traffic:
-        item_bytes = [
-            torch.Size(shape).numel() * call.k.element_size() for shape in (call.k_shape(1), call.v_shape(1))
+        sent = [
+            call.key_route().sent(call.comm.rank, [_item_bytes(x[:, heads]) for x in (call.k, call.v)])
+            for heads in self._pieces(call)
         ]
-        return call.key_route().sent(call.comm.rank, item_bytes)
+        return functools.reduce(Traffic.__add__, sent)
 
     def _traffic_backward(self, call: Call) -> Traffic:
-        return self._traffic(call) + call.key_route().returned(call.comm.rank, call.kv_gradient_bytes(1))
+        returned = [
+            call.key_route().returned(call.comm.rank, call.some_heads(heads).kv_gradient_bytes(1))
+            for heads in self._pieces(call)
+        ]
+        return functools.reduce(Traffic.__add__, returned, self._traffic(call))
+
+    def _pieces(self, call: Call) -> list[slice]:
+        """The KV heads that go round at once; a bias has its gradient whole, and is larger than any shard."""
+        kv_heads = call.k.shape[1]
+        largest = max(call.kv_bytes(len(positions)) for positions in call.keys.positions)
+        count = 1 if call.scores.bias is not None else max(1, min(kv_heads, -(-largest // self._piece_bytes)))
+        return [
+            slice(*ends) for ends in itertools.pairwise(kv_heads * piece // count for piece in range(count + 1))
+        ]
+
+
+def _item_bytes(x: Tensor) -> int:
+    """Of one key or value of all heads and sequences."""
+    return x.shape[0] * x.shape[1] * x.shape[3] * x.element_size()
