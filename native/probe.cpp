@@ -20,7 +20,7 @@ double read_memory(const float* data, int64_t count, int threads) {
         for (int64_t i = 0; i < vectors; i++)
             for (int64_t j = 0; j < UNROLLED; j++) {
                 const float* p = data + (i * UNROLLED + j) * lanes<float>;
-                __builtin_prefetch(reinterpret_cast<const char*>(p) + AHEAD);
+                __builtin_prefetch(reinterpret_cast<const char*>(p) + AHEAD, 0, 2);
                 sums[j] += load(p);
             }
         for (const Vector<float>& sum : sums) total += sum_of<float>(sum);
