@@ -31,6 +31,7 @@ peers: .venv-peers/installed  ## ours beside other libraries, on an otherwise id
 
 # Beside .venv, not in it: without what they ask for, which is other torches.
 .venv-peers/installed: benchmarks/peers.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check setuptools-scm wheel
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 	  --upgrade --target .venv-peers -r benchmarks/peers.txt
 	touch $@

@@ -184,8 +184,9 @@ def measure(name: str, training: bool, wanted: list[str], repetitions: int) -> l
     """One line for each side of one case."""
     before, case = machine() | {"versions": _versions()}, CASES[name]
     expected = definition(*case.tensors(), case.causal)
-    with tempfile.NamedTemporaryFile() as store:
-        rounds, known = two_ranks(on_rank, "mpi", (name, training, wanted, repetitions, expected, store.name))
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        rounds, known = two_ranks(on_rank, "mpi", (name, training, wanted, repetitions, expected, store))
     lines = []
     for side, facts in known.items():
         timed = [seconds for seconds in rounds if side in seconds]
