@@ -42,9 +42,18 @@ struct Backward : Attention {
     void *d_q, *d_k, *d_v;
 };
 
+// Two packed states of so many rows, each row's sum of values and then its lse, contiguous, float or double.
+struct Merge {
+    Type type;
+    const void *a, *b;
+    void* into;  // may be a or b
+    int64_t rows, width;
+};
+
 // The operations as compiled for one instruction set.
 struct Kernels {
     void (*prefill)(const Forward&);
+    void (*merge)(const Merge&);
     double (*read_memory)(const float* data, int64_t count, int threads);
     double (*multiply_add)(bool of_bfloat16, int64_t rounds, int threads);
 };

@@ -39,6 +39,9 @@ const Kernels& kernels_of(const std::string& isa) {
     throw nb::value_error(("instruction set " + isa + " does not run on this machine").c_str());
 }
 
+// Numbers in a merge from which on other threads of Python may run meanwhile: some 10 microseconds.
+constexpr int64_t released_from = 1 << 16;
+
 template <typename T> T* pointer(intptr_t address) { return reinterpret_cast<T*>(address); }
 
 // What kernels/native.py hands over: addresses and strides, checked there.
@@ -75,6 +78,15 @@ void prefill(const std::string& isa, int type, const Sizes& sizes, const Strided
     kernels.prefill(a);
 }
 
+// Without an argument for the instruction set, the best is meant: a merge of a few rows takes less than finding it.
+void merge(int type, intptr_t a, intptr_t b, intptr_t into, int64_t rows, int64_t width) {
+    static const Kernels& best = kernels_of(that_run_here().front());
+    const Merge m{Type(type), pointer<const void>(a), pointer<const void>(b), pointer<void>(into), rows, width};
+    if (rows * width < released_from) return best.merge(m);
+    nb::gil_scoped_release release;
+    best.merge(m);
+}
+
 double read_memory(const std::string& isa, intptr_t data, int64_t count, int threads) {
     nb::gil_scoped_release release;
     return kernels_of(isa).read_memory(pointer<const float>(data), count, threads);
@@ -90,6 +102,7 @@ double multiply_add(const std::string& isa, bool of_bfloat16, int64_t rounds, in
 NB_MODULE(_native, m) {
     m.def("instruction_sets", that_run_here, "The instruction sets that run on this machine, the best first.");
     m.def("prefill", prefill);
+    m.def("merge", merge);
     m.def("read_memory", read_memory);
     m.def("multiply_add", multiply_add);
 }

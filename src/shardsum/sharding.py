@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .collectives import sum_over_ranks
+from .collectives import Collective, as_collective, reduce_over_ranks
 from .comm import Communicator, agree_on, as_communicator
 from .layouts import Layout, Placement, as_layout
 from .problem import state_dtype
@@ -65,13 +65,14 @@ def weighted_sum(
     values: Float[Tensor, "*batch keys v_dim"],
     *,
     comm: Communicator | Any = None,
+    collective: str | Collective = "auto",
 ) -> Tensor:
     """`weights @ values` over the keys of all ranks, for weights that are already normalised, on every rank.
 
     Shapes: weights (..., keys), values (..., keys, v_dim); the keys are this rank's, any number of them.
-    Numerics: partial sums are float32 or wider and are added in rank order, so every rank has the same bits. A
-    weight of exactly 0 contributes nothing, whatever its value holds.
-    Traffic: each rank sends its partial sum to every other, after the agreement.
+    Numerics: partial sums are float32 or wider, and every rank has the same bits. A weight of exactly 0
+    contributes nothing, whatever its value holds.
+    Traffic: after the agreement, what the collective declares for the partial sum.
     Raises: ValueError for shapes that do not fit; Mismatch where the ranks' calls differ.
 
     >>> weighted_sum(torch.tensor([0.25, 0.75]), torch.tensor([[4.0], [8.0]]))
@@ -82,12 +83,13 @@ def weighted_sum(
     def describe() -> dict[str, Any]:
         check_weighted(weights, values)
         sizes = [list(weights.shape[:-1]), [*values.shape[:-2], values.shape[-1]]]
-        return {"call": "weighted_sum", "dtype": str(values.dtype), "sizes": sizes}
+        name = as_collective(collective).name
+        return {"call": "weighted_sum", "dtype": str(values.dtype), "sizes": sizes, "collective": name}
 
     agree_on(comm, describe, weights, values, -1)
     dtype = state_dtype(values.dtype)
     partial = _sum_of_weighted(weights.to(dtype), values.to(dtype))
-    total: Tensor = _SumOverRanks.apply(partial, comm)  # type: ignore[no-untyped-call]
+    total: Tensor = _SumOverRanks.apply(partial, comm, as_collective(collective))  # type: ignore[no-untyped-call]
     return total.to(values.dtype)
 
 
@@ -156,9 +158,9 @@ class _SumOverRanks(torch.autograd.Function):
     """The sum is the same on every rank and counts once, so each part receives its gradient as it is."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, comm: Communicator) -> Tensor:
-        return sum_over_ranks(comm, part)
+    def forward(ctx: Any, part: Tensor, comm: Communicator, collective: Collective) -> Tensor:
+        return reduce_over_ranks(comm, part, collective)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient, None
+        return gradient, None, None

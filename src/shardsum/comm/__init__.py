@@ -1,7 +1,7 @@
 """Between ranks: communicators over threads, torch.distributed and MPI, and how to get one."""
 
 from .agreement import agree, agree_on
-from .base import Communicator, Traffic
+from .base import Communicator, Message, Traffic
 from .connect import as_communicator, connect
 from .group import GroupCommunicator
 from .launch import launch
@@ -10,6 +10,7 @@ from .threads import SingleCommunicator
 __all__ = [
     "Communicator",
     "GroupCommunicator",
+    "Message",
     "SingleCommunicator",
     "Traffic",
     "agree",

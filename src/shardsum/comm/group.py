@@ -18,6 +18,7 @@ class GroupCommunicator(Communicator):
     def __init__(self, parent: Communicator, members: Sequence[int]) -> None:
         super().__init__(list(members).index(parent.rank), len(members), parent.deadline_seconds)
         self.transport, self.traffic = parent.transport, parent.traffic
+        self._scratch = parent._scratch
         self._parent, self._members = parent, list(members)
 
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:

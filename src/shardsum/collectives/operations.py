@@ -1,0 +1,70 @@
+"""What an all-reduce can reduce by: the merge of packed attention states, the sum, the maximum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.native import native_module
+from ..state import AttentionState, merge
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An associative, commutative operation on tensors of rows: `combine(a, b, into)`, where `into` may be a or b.
+
+    Rows are what a collective may cut between; all three tensors are contiguous and of one shape (rows, width).
+    """
+
+    name: str
+    combine: Callable[[Tensor, Tensor, Tensor], None]
+
+
+def pack(state: AttentionState) -> Tensor:
+    """The state as one tensor: lse is one more component of each row."""
+    return torch.cat([state.out, state.lse.unsqueeze(-1)], dim=-1)
+
+
+def unpack(packed: Tensor) -> AttentionState:
+    """The state that `pack` made this tensor of."""
+    return AttentionState(packed[..., :-1], packed[..., -1])
+
+
+def _merge(a: Tensor, b: Tensor, into: Tensor) -> None:
+    native = native_module() if a.device.type == "cpu" else None
+    if native is not None:
+        wide = 3 if a.dtype == torch.float64 else 0
+        native.merge(wide, a.data_ptr(), b.data_ptr(), into.data_ptr(), a.shape[0], a.shape[1])
+        return
+    merged = merge(unpack(a), unpack(b))
+    into[..., :-1].copy_(merged.out)
+    into[..., -1].copy_(merged.lse)
+
+
+def _add(a: Tensor, b: Tensor, into: Tensor) -> None:
+    torch.add(a, b, out=into)
+
+
+def _maximum(a: Tensor, b: Tensor, into: Tensor) -> None:
+    torch.maximum(a, b, out=into)
+
+
+MERGE = Operation("merge", _merge)
+SUM = Operation("sum", _add)
+MAXIMUM = Operation("maximum", _maximum)
+
+
+def combine_all(pieces: Sequence[Tensor], operation: Operation) -> Tensor:
+    """All pieces combined, in the first one's memory: pairwise along one fixed binary tree, working in place.
+
+    Numerics: the tree depends only on the number of pieces, so equal pieces give equal bits on every rank.
+    """
+    step = 1
+    while step < len(pieces):
+        for i in range(0, len(pieces) - step, 2 * step):
+            operation.combine(pieces[i], pieces[i + step], pieces[i])
+        step *= 2
+    return pieces[0]
