@@ -22,7 +22,7 @@ class GatherAll(Collective):
     def _traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic:
         return Traffic(rows * row_bytes * (comm.size - 1), comm.size - 1, 1)
 
-    def rounds(self, comm: Communicator, rows: int) -> int:
+    def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
         return 1
 
     def messages_at_once(self, comm: Communicator) -> int:

@@ -31,5 +31,5 @@ class Auto(Collective):
     def _traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic:
         return self.of(comm.size, rows * row_bytes).traffic(comm, rows, row_bytes)
 
-    def rounds(self, comm: Communicator, rows: int) -> int:
-        return RecursiveDoubling().rounds(comm, rows)
+    def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
+        return self.of(comm.size, rows * row_bytes).rounds(comm, rows, row_bytes)

@@ -30,9 +30,9 @@ class Collective(ABC):
         """What this rank sends, in closed form: the communicator must count exactly this."""
         return self._traffic(comm, rows, row_bytes) if comm.size > 1 and rows * row_bytes else Traffic()
 
-    @abstractmethod
-    def rounds(self, comm: Communicator, rows: int) -> int:
-        """The longest chain of messages of which each waits for the one before, in closed form."""
+    def rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
+        """The longest chain of rounds of which each waits for the one before; fewer where some have no rows."""
+        return self._rounds(comm, rows, row_bytes) if comm.size > 1 and rows * row_bytes else 0
 
     def messages_at_once(self, comm: Communicator) -> int:
         """The most messages that a rank sends in one round."""
@@ -40,6 +40,9 @@ class Collective(ABC):
 
     @abstractmethod
     def _all_reduce(self, comm: Communicator, rows: Tensor, operation: Operation) -> None: ...
+
+    @abstractmethod
+    def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int: ...
 
     @abstractmethod
     def _traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic: ...

@@ -67,7 +67,7 @@ class KaryExchange(Collective):
         messages = sum(factors) - len(factors)
         return folded + Traffic(rows * row_bytes * messages, messages, len(factors))
 
-    def rounds(self, comm: Communicator, rows: int) -> int:
+    def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
         factors = _factors(comm.size, self._radix)
         return len(factors) + Fold.of(comm, math.prod(factors)).rounds
 

@@ -54,7 +54,7 @@ class Rabenseifner(Collective):
                 total += Traffic((end - start) * row_bytes, int(end > start), int(end > start))
         return total
 
-    def rounds(self, comm: Communicator, rows: int) -> int:
+    def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
         ranks = _power_of_two(comm.size)
         return 2 * len(_distances(ranks)) + Fold.of(comm, ranks).rounds
 

@@ -41,5 +41,5 @@ class RingReduce(Collective):
         messages = 2 * sum(map(bool, lengths)) - sum(bool(lengths[i]) for i in kept)
         return Traffic(sent * row_bytes, messages, messages)
 
-    def rounds(self, comm: Communicator, rows: int) -> int:
+    def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
         return 2 * (comm.size - 1)

@@ -25,7 +25,7 @@ class BinomialTree(Collective):
     def _traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic:
         return tree_traffic(comm, rows * row_bytes)
 
-    def rounds(self, comm: Communicator, rows: int) -> int:
+    def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
         return 2 * tree_depth(comm.size)
 
 

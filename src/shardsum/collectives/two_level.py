@@ -41,11 +41,13 @@ class TwoLevel(Collective):
         sent = tree_traffic(inside, rows * row_bytes)
         return sent if between is None else sent + self._between.traffic(between, rows, row_bytes)
 
-    def rounds(self, comm: Communicator, rows: int) -> int:
+    def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
         members = self._members(comm)
         largest = max(map(len, members))
         leaders = _group(comm, [comm.rank, *range(len(members) - 1)])
-        return 2 * tree_depth(largest) + (self._between.rounds(leaders, rows) if len(members) > 1 else 0)
+        return 2 * tree_depth(largest) + (
+            self._between.rounds(leaders, rows, row_bytes) if len(members) > 1 else 0
+        )
 
     def messages_at_once(self, comm: Communicator) -> int:
         count = len(self._members(comm))
