@@ -15,9 +15,9 @@ class GatherAll(Collective):
     name = "all_gather"
 
     def _all_reduce(self, comm: Communicator, rows: Tensor, operation: Operation) -> None:
-        pieces = comm.scratch(rows, comm.size)
-        comm.all_gather_into(rows, pieces)
-        rows.copy_(combine_all(pieces.unbind(), operation))
+        whole, pieces = comm.scratch(rows, comm.size)
+        comm.all_gather_into(rows, whole)
+        combine_all(pieces, operation, rows)
 
     def _traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic:
         return Traffic(rows * row_bytes * (comm.size - 1), comm.size - 1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from torch import Tensor
@@ -27,7 +28,7 @@ class KaryExchange(Collective):
 
     def _all_reduce(self, comm: Communicator, rows: Tensor, operation: Operation) -> None:
         factors = _factors(comm.size, self._radix)
-        fold = Fold.of(comm, math.prod(factors))
+        fold = Fold.of(comm.rank, comm.size, math.prod(factors))
         fold.enter(comm, rows, operation)
         if fold.index is not None:
             inside = 1  # so many neighbours have the same partial result
@@ -42,25 +43,18 @@ class KaryExchange(Collective):
         assert fold.index is not None
         own = fold.index // inside % factor
         first = fold.index - own * inside
-        pieces = list(comm.scratch(rows, factor - 1).unbind())
+        pieces = comm.scratch(rows, factor - 1)[1]
         peers = [fold.rank_of(first + place * inside) for place in range(factor)]
         messages = []
         for step in range(1, factor):
             to, source = (own + step) % factor, (own - step) % factor
             messages.append((rows, peers[to], pieces[source - (source > own)], peers[source]))
         comm.start(*messages)()
-        if factor == 2:
-            low, high = (rows, pieces[0]) if own == 0 else (pieces[0], rows)
-            operation.combine(low, high, rows)
-            return
-        pieces.insert(own, rows)
-        result = combine_all(pieces, operation)
-        if result is not rows:
-            rows.copy_(result)
+        combine_all([*pieces[:own], rows, *pieces[own:]], operation, rows)
 
     def _traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic:
         factors = _factors(comm.size, self._radix)
-        fold = Fold.of(comm, math.prod(factors))
+        fold = Fold.of(comm.rank, comm.size, math.prod(factors))
         folded = fold.traffic(rows * row_bytes)
         if fold.index is None:
             return folded
@@ -69,7 +63,7 @@ class KaryExchange(Collective):
 
     def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
         factors = _factors(comm.size, self._radix)
-        return len(factors) + Fold.of(comm, math.prod(factors)).rounds
+        return len(factors) + Fold.of(comm.rank, comm.size, math.prod(factors)).rounds
 
     def messages_at_once(self, comm: Communicator) -> int:
         return max(_factors(comm.size, self._radix), default=1) - 1
@@ -86,6 +80,7 @@ class RecursiveDoubling(KaryExchange):
         self.name = "recursive_doubling"
 
 
+@functools.lru_cache
 def _factors(size: int, radix: int) -> list[int]:
     """Few factors of 2 to `radix` whose product is the largest possible up to `size`."""
     for product in range(size, 0, -1):

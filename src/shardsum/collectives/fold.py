@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..comm import Communicator, Traffic
+from ..comm import NOTHING, Communicator, Traffic
 from .operations import Operation
 
 
@@ -22,13 +23,14 @@ class Fold:
     index: int | None
     rank: int
 
-    @classmethod
-    def of(cls, comm: Communicator, taking_part: int) -> Fold:
-        surplus = comm.size - taking_part
+    @staticmethod
+    @functools.lru_cache
+    def of(rank: int, size: int, taking_part: int) -> Fold:
+        surplus = size - taking_part
         assert 0 <= surplus <= taking_part
-        paired = comm.rank < 2 * surplus
-        index = None if paired and comm.rank % 2 == 0 else comm.rank // 2 if paired else comm.rank - surplus
-        return cls(surplus, index, comm.rank)
+        paired = rank < 2 * surplus
+        index = None if paired and rank % 2 == 0 else rank // 2 if paired else rank - surplus
+        return Fold(surplus, index, rank)
 
     def rank_of(self, index: int) -> int:
         """The rank that takes part as number `index`."""
@@ -43,10 +45,10 @@ class Fold:
         if not self._has_partner:
             return
         if self.index is None:
-            comm.start((rows, self.rank + 1, rows[:0], self.rank + 1))()
+            comm.start((rows, self.rank + 1, NOTHING, self.rank + 1))()
         else:
-            (theirs,) = comm.scratch(rows)
-            comm.start((rows[:0], self.rank - 1, theirs, self.rank - 1))()
+            _, (theirs,) = comm.scratch(rows)
+            comm.start((NOTHING, self.rank - 1, theirs, self.rank - 1))()
             operation.combine(theirs, rows, rows)
 
     def leave(self, comm: Communicator, rows: Tensor) -> None:
@@ -54,9 +56,9 @@ class Fold:
         if not self._has_partner:
             return
         if self.index is None:
-            comm.start((rows[:0], self.rank + 1, rows, self.rank + 1))()
+            comm.start((NOTHING, self.rank + 1, rows, self.rank + 1))()
         else:
-            comm.start((rows, self.rank - 1, rows[:0], self.rank - 1))()
+            comm.start((rows, self.rank - 1, NOTHING, self.rank - 1))()
 
     def traffic(self, rows_bytes: int) -> Traffic:
         """What this rank sends besides the algorithm: its rows, or the result."""

@@ -30,7 +30,8 @@ def pack(state: AttentionState) -> Tensor:
 
 def unpack(packed: Tensor) -> AttentionState:
     """The state that `pack` made this tensor of."""
-    return AttentionState(packed[..., :-1], packed[..., -1])
+    v_dim = packed.shape[-1] - 1
+    return AttentionState(packed.narrow(-1, 0, v_dim), packed.select(-1, v_dim))
 
 
 def _merge(a: Tensor, b: Tensor, into: Tensor) -> None:
@@ -57,14 +58,17 @@ SUM = Operation("sum", _add)
 MAXIMUM = Operation("maximum", _maximum)
 
 
-def combine_all(pieces: Sequence[Tensor], operation: Operation) -> Tensor:
-    """All pieces combined, in the first one's memory: pairwise along one fixed binary tree, working in place.
+def combine_all(pieces: Sequence[Tensor], operation: Operation, into: Tensor) -> None:
+    """Write all pieces combined to `into`, which may be one of them: pairwise along one fixed binary tree.
 
-    Numerics: the tree depends only on the number of pieces, so equal pieces give equal bits on every rank.
+    The pieces are working memory. Numerics: the tree depends only on the number of pieces, so equal pieces give
+    equal bits on every rank.
     """
     step = 1
     while step < len(pieces):
+        last = 2 * step >= len(pieces)
         for i in range(0, len(pieces) - step, 2 * step):
-            operation.combine(pieces[i], pieces[i + step], pieces[i])
+            operation.combine(pieces[i], pieces[i + step], into if last else pieces[i])
         step *= 2
-    return pieces[0]
+    if len(pieces) == 1 and pieces[0] is not into:
+        into.copy_(pieces[0])

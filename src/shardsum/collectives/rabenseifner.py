@@ -21,7 +21,7 @@ class Rabenseifner(Collective):
 
     def _all_reduce(self, comm: Communicator, rows: Tensor, operation: Operation) -> None:
         ranks = _power_of_two(comm.size)
-        fold = Fold.of(comm, ranks)
+        fold = Fold.of(comm.rank, comm.size, ranks)
         fold.enter(comm, rows, operation)
         if fold.index is not None:
             self._halve(comm, fold, rows, operation, ranks)
@@ -34,7 +34,7 @@ class Rabenseifner(Collective):
 
     def _halve(self, comm: Communicator, fold: Fold, rows: Tensor, operation: Operation, ranks: int) -> None:
         assert fold.index is not None
-        (spare,) = comm.scratch(rows)
+        _, (spare,) = comm.scratch(rows)
         for distance in _distances(ranks):
             peer = fold.rank_of(fold.index ^ distance)
             own = _held(rows, ranks, fold.index, distance)
@@ -45,7 +45,7 @@ class Rabenseifner(Collective):
 
     def _traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic:
         ranks = _power_of_two(comm.size)
-        fold = Fold.of(comm, ranks)
+        fold = Fold.of(comm.rank, comm.size, ranks)
         total = fold.traffic(rows * row_bytes)
         for distance in _distances(ranks) if fold.index is not None else []:
             assert fold.index is not None
@@ -56,7 +56,7 @@ class Rabenseifner(Collective):
 
     def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
         ranks = _power_of_two(comm.size)
-        return 2 * len(_distances(ranks)) + Fold.of(comm, ranks).rounds
+        return 2 * len(_distances(ranks)) + Fold.of(comm.rank, comm.size, ranks).rounds
 
 
 def _power_of_two(size: int) -> int:

@@ -21,7 +21,7 @@ class RingReduce(Collective):
         size, edges = comm.size, cut(len(rows), comm.size)
         blocks = [rows[edges[i] : edges[i + 1]] for i in range(size)]
         longest = max(blocks, key=len)
-        (spare,) = comm.scratch(longest)
+        _, (spare,) = comm.scratch(longest)
         to, source = (comm.rank + 1) % size, (comm.rank - 1) % size
         for step in range(size - 1):
             sent, own = blocks[(comm.rank - step) % size], blocks[(comm.rank - step - 1) % size]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..comm import Communicator
@@ -31,8 +32,8 @@ def reduce_scatter_states(comm: Communicator, states: Sequence[AttentionState]) 
     """
     own = pack(states[comm.rank])
     received = comm.all_to_all([pack(state) for state in states], [own.shape] * comm.size)
-    combine_all([packed.view(-1, own.shape[-1]) for packed in received], MERGE)
-    return unpack(received[0])
+    combine_all([packed.view(-1, own.shape[-1]) for packed in received], MERGE, own.view(-1, own.shape[-1]))
+    return unpack(own)
 
 
 def reduce_over_ranks(
@@ -56,4 +57,6 @@ def sum_scatter(comm: Communicator, parts: Sequence[Tensor]) -> Tensor:
     """
     if comm.size == 1:
         return parts[0]
-    return combine_all(comm.all_to_all(parts, [parts[comm.rank].shape] * comm.size), SUM)
+    total = torch.empty_like(parts[comm.rank], memory_format=torch.contiguous_format)
+    combine_all(comm.all_to_all(parts, [total.shape] * comm.size), SUM, total)
+    return total

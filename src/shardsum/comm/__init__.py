@@ -1,13 +1,14 @@
 """Between ranks: communicators over threads, torch.distributed and MPI, and how to get one."""
 
 from .agreement import agree, agree_on
-from .base import Communicator, Message, Traffic
+from .base import NOTHING, Communicator, Message, Traffic
 from .connect import as_communicator, connect
 from .group import GroupCommunicator
 from .launch import launch
 from .threads import SingleCommunicator
 
 __all__ = [
+    "NOTHING",
     "Communicator",
     "GroupCommunicator",
     "Message",

@@ -19,6 +19,8 @@ GRACE_SECONDS = 1.0
 # longer to give 4 MB than to copy them.
 KEPT_BYTES, KEPT_SIZES = 1 << 26, 8
 
+# Sent or received where a message goes one way only.
+NOTHING = torch.empty(0, dtype=torch.uint8)
 # What is sent, to whom, where to receive, from whom.
 Message = tuple[Tensor, int, Tensor, int]
 
@@ -69,7 +71,7 @@ class Communicator(ABC):
         self.rank, self.size, self.deadline_seconds = rank, size, deadline_seconds
         self.traffic = Traffic()
         self.closed = False
-        self._scratch: dict[tuple[object, ...], Tensor] = {}
+        self._scratch: dict[tuple[object, ...], tuple[Tensor, list[Tensor]]] = {}
         self._hosts: tuple[str, ...] | None = None
 
     def all_gather(self, part: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
@@ -78,7 +80,7 @@ class Communicator(ABC):
         assert tuple(shapes[self.rank]) == tuple(part.shape), "own shape is not as agreed"
         flat, pieces = _receive_buffer(part, shapes)
         self._count([part.nbytes] * (self.size - 1))
-        self._all_gather(_as_bytes(part), flat, [piece.nbytes for piece in pieces])
+        self._all_gather(part.contiguous(), flat, [piece.nbytes for piece in pieces])
         return pieces
 
     def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -88,7 +90,7 @@ class Communicator(ABC):
         """
         flat, pieces = _receive_buffer(parts[0], shapes)
         self._count([part.nbytes for rank, part in enumerate(parts) if rank != self.rank])
-        self._all_to_all([_as_bytes(part) for part in parts], flat, [piece.nbytes for piece in pieces])
+        self._all_to_all([as_bytes(part) for part in parts], flat, [piece.nbytes for piece in pieces])
         return pieces
 
     def exchange(self, part: Tensor, to: int, source: int, shape: Sequence[int]) -> Callable[[], Tensor]:
@@ -116,24 +118,24 @@ class Communicator(ABC):
         are: neither may be touched before the wait is over. What is empty is not sent.
         """
         self._count([send.nbytes for send, *_ in messages if send.nbytes])
-        waits = [
-            self._exchange(_as_bytes(send), to, _as_bytes(receive), source)
-            for send, to, receive, source in messages
-        ]
-        return waits[0] if len(waits) == 1 else lambda: _call_all(waits)
+        if len(messages) == 1:
+            return self._exchange(*messages[0])
+        waits = [self._exchange(*message) for message in messages]
+        return lambda: _call_all(waits)
 
     def all_gather_into(self, part: Tensor, pieces: Tensor) -> None:
         """Write every rank's `part` into `pieces[rank]`; both are contiguous, and all parts are of one shape."""
         self._count([part.nbytes] * (self.size - 1))
-        self._all_gather(_as_bytes(part), _as_bytes(pieces), [part.nbytes] * self.size)
+        self._all_gather(part, pieces, [part.nbytes] * self.size)
 
-    def scratch(self, like: Tensor, count: int = 1) -> Tensor:
-        """Working memory (count, *like.shape): the same memory at every call, whatever was in it."""
+    def scratch(self, like: Tensor, count: int = 1) -> tuple[Tensor, list[Tensor]]:
+        """Working memory (count, *like.shape), and its parts: the same at every call, whatever was in it."""
         key = (count, like.shape, like.dtype, like.device)
         found = self._scratch.get(key)
         if found is None:
-            found = torch.empty((count, *like.shape), dtype=like.dtype, device=like.device)
-            if found.nbytes <= KEPT_BYTES:
+            whole = torch.empty((count, *like.shape), dtype=like.dtype, device=like.device)
+            found = whole, list(whole.unbind())
+            if whole.nbytes <= KEPT_BYTES:
                 if len(self._scratch) == KEPT_SIZES:
                     self._scratch.clear()
                 self._scratch[key] = found
@@ -171,13 +173,14 @@ class Communicator(ABC):
         self.close()
 
     def _count(self, message_bytes: Sequence[int]) -> None:
-        self.traffic.sent_bytes += sum(message_bytes)
-        self.traffic.messages += len(message_bytes)
-        self.traffic.rounds += bool(message_bytes)
+        if message_bytes:
+            self.traffic.sent_bytes += sum(message_bytes)
+            self.traffic.messages += len(message_bytes)
+            self.traffic.rounds += 1
 
-    # What a transport implements. Everything is flat uint8, so that no transport needs to know a dtype
-    # (MPI has no bfloat16). `receive` is one buffer that holds the pieces of all ranks one after another. An
-    # exchange neither sends nor waits for what is empty.
+    # What a transport implements. Tensors are contiguous, and what moves is their bytes: no transport needs to know a
+    # dtype (MPI has no bfloat16). `receive` holds the pieces of all ranks one after another. In an all-to-all
+    # everything is flat uint8 already. An exchange neither sends nor waits for what is empty.
 
     @abstractmethod
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None: ...
@@ -189,7 +192,8 @@ class Communicator(ABC):
     def _exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]: ...
 
 
-def _as_bytes(part: Tensor) -> Tensor:
+def as_bytes(part: Tensor) -> Tensor:
+    """The same memory as flat uint8, if it is contiguous."""
     if part.dtype == torch.uint8 and part.ndim == 1 and part.is_contiguous():
         return part
     return part.contiguous().reshape(-1).view(torch.uint8)

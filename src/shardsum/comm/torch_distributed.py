@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RankLost
-from .base import DEFAULT_DEADLINE_SECONDS, Communicator
+from .base import DEFAULT_DEADLINE_SECONDS, Communicator, as_bytes
 
 _groups = itertools.count()  # every rank makes the same ones, in the same order
 
@@ -47,6 +47,7 @@ class TorchCommunicator(Communicator):
         self._group = None  # with the last reference its threads end; once Python stops they abort the process
 
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
+        send, receive = as_bytes(send), as_bytes(receive)
         if len(set(sizes)) > 1:  # this collective takes equal sizes only; whatever else is padding
             self._pairwise([send] * self.size, receive, sizes)
             return
@@ -60,6 +61,7 @@ class TorchCommunicator(Communicator):
         self._pairwise(send, receive, sizes)
 
     def _exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]:
+        send, receive = as_bytes(send), as_bytes(receive)
         there, back = self._at_hand(send), self._at_hand(receive)
         works = self._start([(to, there)] if send.nbytes else [], [(source, back)] if receive.nbytes else [])
 
