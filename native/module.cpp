@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "arguments.h"
 #include "machine.h"
@@ -87,6 +88,18 @@ void merge(int type, intptr_t a, intptr_t b, intptr_t into, int64_t rows, int64_
     best.merge(m);
 }
 
+// The rows of a state and its packed form, of so many bytes for `out` and for one lse in a row.
+template <bool packing>
+void pack(intptr_t out, intptr_t lse, intptr_t packed, int64_t rows, int64_t out_bytes, int64_t lse_bytes) {
+    const auto move = [](intptr_t apart, intptr_t together, int64_t bytes) {
+        std::memcpy(pointer<void>(packing ? together : apart), pointer<void>(packing ? apart : together), bytes);
+    };
+    for (int64_t row = 0; row < rows; ++row, packed += out_bytes + lse_bytes) {
+        move(out + row * out_bytes, packed, out_bytes);
+        move(lse + row * lse_bytes, packed + out_bytes, lse_bytes);
+    }
+}
+
 double read_memory(const std::string& isa, intptr_t data, int64_t count, int threads) {
     nb::gil_scoped_release release;
     return kernels_of(isa).read_memory(pointer<const float>(data), count, threads);
@@ -103,6 +116,8 @@ NB_MODULE(_native, m) {
     m.def("instruction_sets", that_run_here, "The instruction sets that run on this machine, the best first.");
     m.def("prefill", prefill);
     m.def("merge", merge);
+    m.def("pack", pack<true>);
+    m.def("unpack", pack<false>);
     m.def("read_memory", read_memory);
     m.def("multiply_add", multiply_add);
 }

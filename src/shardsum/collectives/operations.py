@@ -34,8 +34,33 @@ def unpack(packed: Tensor) -> AttentionState:
     return AttentionState(packed.narrow(-1, 0, v_dim), packed.select(-1, v_dim))
 
 
+def pack_into(state: AttentionState, packed: Tensor) -> None:
+    """Write the state, contiguous, to rows (rows, v_dim + 1)."""
+    if not _natively("pack", state, packed):
+        packed[:, :-1].copy_(state.out.view(len(packed), -1))
+        packed[:, -1].copy_(state.lse.view(-1))
+
+
+def unpack_into(packed: Tensor, state: AttentionState) -> None:
+    """Write rows (rows, v_dim + 1) to the state, which is contiguous."""
+    if not _natively("unpack", state, packed):
+        state.out.copy_(packed[:, :-1].view_as(state.out))
+        state.lse.copy_(packed[:, -1].view_as(state.lse))
+
+
+def _natively(name: str, state: AttentionState, packed: Tensor) -> bool:
+    native = native_module() if packed.is_cpu else None
+    if native is None:
+        return False
+    rows, width = packed.shape
+    item_bytes = packed.element_size()
+    pointers = state.out.data_ptr(), state.lse.data_ptr(), packed.data_ptr()
+    getattr(native, name)(*pointers, rows, (width - 1) * item_bytes, item_bytes)
+    return True
+
+
 def _merge(a: Tensor, b: Tensor, into: Tensor) -> None:
-    native = native_module() if a.device.type == "cpu" else None
+    native = native_module() if a.is_cpu else None
     if native is not None:
         wide = 3 if a.dtype == torch.float64 else 0
         native.merge(wide, a.data_ptr(), b.data_ptr(), into.data_ptr(), a.shape[0], a.shape[1])

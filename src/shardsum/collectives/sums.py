@@ -10,19 +10,25 @@ from torch import Tensor
 from ..comm import Communicator
 from ..state import AttentionState
 from .base import Collective
-from .operations import MERGE, SUM, Operation, combine_all, pack, unpack
+from .operations import MERGE, SUM, Operation, combine_all, pack, pack_into, unpack, unpack_into
 
 
 def all_reduce_states(comm: Communicator, state: AttentionState, collective: Collective) -> AttentionState:
     """The merge of every rank's state over the same query rows, bit-equal on every rank.
 
+    It takes the place of `state` in memory, if that is contiguous.
     Traffic: what the collective declares for as many rows, of v_dim + 1 numbers each.
     """
     if comm.size == 1:
         return state
-    packed = pack(state)
-    collective.all_reduce(comm, packed.view(-1, packed.shape[-1]), MERGE)
-    return unpack(packed)
+    if not (state.out.is_contiguous() and state.lse.is_contiguous()):
+        state = AttentionState(state.out.contiguous(), state.lse.contiguous())
+    shape = (state.lse.numel(), state.out.shape[-1] + 1)
+    packed = comm.scratch(state.out, 1, "send", shape)[1][0]
+    pack_into(state, packed)
+    collective.all_reduce(comm, packed, MERGE)
+    unpack_into(packed, state)
+    return state
 
 
 def reduce_scatter_states(comm: Communicator, states: Sequence[AttentionState]) -> AttentionState:

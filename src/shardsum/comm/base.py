@@ -128,12 +128,15 @@ class Communicator(ABC):
         self._count([part.nbytes] * (self.size - 1))
         self._all_gather(part, pieces, [part.nbytes] * self.size)
 
-    def scratch(self, like: Tensor, count: int = 1) -> tuple[Tensor, list[Tensor]]:
-        """Working memory (count, *like.shape), and its parts: the same at every call, whatever was in it."""
-        key = (count, like.shape, like.dtype, like.device)
+    def scratch(
+        self, like: Tensor, count: int = 1, use: str = "receive", shape: tuple[int, ...] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Working memory (count, *shape), and its parts: the same at every call for one use, whatever is in it."""
+        shape = like.shape if shape is None else shape
+        key = (use, count, shape, like.dtype, like.device)
         found = self._scratch.get(key)
         if found is None:
-            whole = torch.empty((count, *like.shape), dtype=like.dtype, device=like.device)
+            whole = torch.empty((count, *shape), dtype=like.dtype, device=like.device)
             found = whole, list(whole.unbind())
             if whole.nbytes <= KEPT_BYTES:
                 if len(self._scratch) == KEPT_SIZES:
@@ -178,9 +181,9 @@ class Communicator(ABC):
             self.traffic.messages += len(message_bytes)
             self.traffic.rounds += 1
 
-    # What a transport implements. Tensors are contiguous, and what moves is their bytes: no transport needs to know a
-    # dtype (MPI has no bfloat16). `receive` holds the pieces of all ranks one after another. In an all-to-all
-    # everything is flat uint8 already. An exchange neither sends nor waits for what is empty.
+    # What a transport implements. Tensors are contiguous, and what moves is their bytes: no transport needs to
+    # know a dtype (MPI has no bfloat16). `receive` holds the pieces of all ranks one after another. In an
+    # all-to-all everything is flat uint8 already. An exchange neither sends nor waits for what is empty.
 
     @abstractmethod
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None: ...

@@ -30,7 +30,7 @@ class TorchCommunicator(Communicator):
     ) -> None:
         super().__init__(rank, size, deadline_seconds)
         self.transport = transport
-        self._group = group
+        self.group = group
         atexit.register(self.close)
         self._device: torch.device | None = None
         self._together: list[torch.device] = []
@@ -44,7 +44,7 @@ class TorchCommunicator(Communicator):
 
     def close(self) -> None:
         super().close()
-        self._group = None  # with the last reference its threads end; once Python stops they abort the process
+        self.group = None  # with the last reference its threads end; once Python stops they abort the process
 
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
         send, receive = as_bytes(send), as_bytes(receive)
@@ -54,7 +54,7 @@ class TorchCommunicator(Communicator):
         if sizes[0] == 0:
             return
         there, back = self._at_hand(send), self._at_hand(receive)
-        self._wait(self._group.allgather([list(back.split(sizes))], [there]))
+        self._wait(self.group.allgather([list(back.split(sizes))], [there]))
         _return(back, receive)
 
     def _all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
@@ -92,11 +92,11 @@ class TorchCommunicator(Communicator):
             return []
         try:
             if self._device is not None:  # one thing after the other: ranks would all receive, and none send
-                self._group._start_coalescing(*self._together)
-            works = [(peer, self._group.recv([piece], peer, 0)) for peer, piece in receiving]
-            works += [(peer, self._group.send([piece], peer, 0)) for peer, piece in sending]
+                self.group._start_coalescing(*self._together)
+            works = [(peer, self.group.recv([piece], peer, 0)) for peer, piece in receiving]
+            works += [(peer, self.group.send([piece], peer, 0)) for peer, piece in sending]
             if self._device is not None:
-                return [(works[0][0], self._group._end_coalescing(*self._together))]
+                return [(works[0][0], self.group._end_coalescing(*self._together))]
         except RuntimeError as failure:
             raise RankLost(f"rank {self.rank} could not start sending: {failure}") from failure
         return works
