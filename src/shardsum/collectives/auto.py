@@ -11,9 +11,9 @@ from .exchange import RecursiveDoubling
 from .operations import Operation
 from .rabenseifner import Rabenseifner
 
-# From here on it pays to send each rank only its part of the rows. `shardsum bench collectives` over MPI, 2 ranks on
-# 2 cores of an AMD EPYC, 2026-11-25: gathering took 0.76 of recursive doubling's time at 16 KB, 0.95 at 264 KB, 1.45
-# at 4 MB, where Rabenseifner's took 0.85.
+# From here on it pays to send each rank only its part of the rows. `shardsum bench collectives` over MPI, 2 ranks
+# on 2 cores of an AMD EPYC, 2026-11-25: gathering took 0.76 of recursive doubling's time at 16 KB, 0.95 at 264 KB,
+# 1.45 at 4 MB, where Rabenseifner's took 0.85.
 SCATTERED_BYTES = 1 << 18
 # Up to so many ranks one round costs less than two or more, though it sends more bytes.
 GATHERED_RANKS = 4

@@ -17,7 +17,7 @@ DEFAULT_DEADLINE_SECONDS = 300.0
 GRACE_SECONDS = 1.0
 # Working memory up to this size is kept from one call to the next, of so many different sizes: the system takes
 # longer to give 4 MB than to copy them.
-KEPT_BYTES, KEPT_SIZES = 1 << 26, 8
+KEPT_BYTES, KEPT_SIZES = 1 << 24, 8
 
 # Sent or received where a message goes one way only.
 NOTHING = torch.empty(0, dtype=torch.uint8)
