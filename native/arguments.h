@@ -44,11 +44,20 @@ struct Backward : Attention {
 
 constexpr int64_t LARGEST_DIM = 512;  // head_dim and v_dim
 
+// Two packed states of so many rows, each row's sum of values and then its lse, contiguous, float or double.
+struct Merge {
+    Type type;
+    const void *a, *b;
+    void* into;  // may be a or b
+    int64_t rows, width;
+};
+
 // The operations as compiled for one instruction set.
 struct Kernels {
     void (*prefill)(const Forward&);  // any number of rows
     void (*decode)(const Forward&);   // the same for few
     void (*backward)(const Backward&);
+    void (*merge)(const Merge&);
     double (*read_memory)(const float* data, int64_t count, int threads);
     double (*multiply_add)(bool of_bfloat16, int64_t rounds, int threads);
 };

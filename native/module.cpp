@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "arguments.h"
 #include "machine.h"
@@ -38,6 +39,9 @@ const Kernels& kernels_of(const std::string& isa) {
         if (isa == set.name && std::find(here.begin(), here.end(), isa) != here.end()) return *set.kernels;
     throw nb::value_error(("instruction set " + isa + " does not run on this machine").c_str());
 }
+
+// Numbers in a merge from which on other threads of Python may run meanwhile: some 10 microseconds.
+constexpr int64_t released_from = 1 << 16;
 
 template <typename T> T* pointer(intptr_t address) { return reinterpret_cast<T*>(address); }
 
@@ -92,6 +96,27 @@ void backward(const std::string& isa, int type, const Sizes& sizes, const Stride
     kernels.backward(a);
 }
 
+// Without an argument for the instruction set, the best is meant: a merge of a few rows takes less than finding it.
+void merge(int type, intptr_t a, intptr_t b, intptr_t into, int64_t rows, int64_t width) {
+    static const Kernels& best = kernels_of(that_run_here().front());
+    const Merge m{Type(type), pointer<const void>(a), pointer<const void>(b), pointer<void>(into), rows, width};
+    if (rows * width < released_from) return best.merge(m);
+    nb::gil_scoped_release release;
+    best.merge(m);
+}
+
+// The rows of a state and its packed form, of so many bytes for `out` and for one lse in a row.
+template <bool packing>
+void pack(intptr_t out, intptr_t lse, intptr_t packed, int64_t rows, int64_t out_bytes, int64_t lse_bytes) {
+    const auto move = [](intptr_t apart, intptr_t together, int64_t bytes) {
+        std::memcpy(pointer<void>(packing ? together : apart), pointer<void>(packing ? apart : together), bytes);
+    };
+    for (int64_t row = 0; row < rows; ++row, packed += out_bytes + lse_bytes) {
+        move(out + row * out_bytes, packed, out_bytes);
+        move(lse + row * lse_bytes, packed + out_bytes, lse_bytes);
+    }
+}
+
 double read_memory(const std::string& isa, intptr_t data, int64_t count, int threads) {
     nb::gil_scoped_release release;
     return kernels_of(isa).read_memory(pointer<const float>(data), count, threads);
@@ -109,6 +134,9 @@ NB_MODULE(_native, m) {
     m.def("prefill", forward<&Kernels::prefill>);
     m.def("decode", forward<&Kernels::decode>);
     m.def("backward", backward);
+    m.def("merge", merge);
+    m.def("pack", pack<true>);
+    m.def("unpack", pack<false>);
     m.def("read_memory", read_memory);
     m.def("multiply_add", multiply_add);
 }

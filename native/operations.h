@@ -8,6 +8,7 @@ namespace SHARDSUM_ISA {
 void prefill(const Forward&);
 void decode(const Forward&);
 void backward(const Backward&);
+void merge(const Merge&);
 double read_memory(const float* data, int64_t count, int threads);
 double multiply_add(bool of_bfloat16, int64_t rounds, int threads);
 

@@ -6,7 +6,7 @@ from .comm import Communicator, connect, launch
 from .context_parallel import context_parallel
 from .errors import Mismatch, NonFiniteWarning, RankLost, Unsupported
 from .layouts import Layout
-from .sharding import shard, unshard, weighted_sum
+from .sharding import global_value, shard, unshard, weighted_sum
 from .state import AttentionState, merge
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ __all__ = [
     "attention",
     "connect",
     "context_parallel",
+    "global_value",
     "launch",
     "merge",
     "shard",

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .collectives import Collective, as_collective
 from .errors import Unsupported
 from .kernels import Kernel
 from .layouts import Layout, as_layout
@@ -32,6 +33,7 @@ class Arguments:
     layout: str | Layout = "contiguous"
     strategy: str | Strategy = "auto"
     kernel: str | Kernel = "auto"
+    collective: str | Collective = "auto"
     causal: bool = False
     window: Window | None = None
     cu_seqlens: Indices | None = None
@@ -69,6 +71,7 @@ class Arguments:
         return {
             "layout": layout.describe(),
             "strategy": "auto" if strategy is None else strategy.name,
+            "collective": as_collective(self.collective).name,
             "causal": bool(self.causal),
             "window": _window(self.window),
             "cu_seqlens": _listed("cu_seqlens", self.cu_seqlens),

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .arguments import Arguments, Indices, Window
+from .collectives import Collective, as_collective
 from .comm import Communicator, agree, agree_on, as_communicator
 from .kernels import Kernel, OutputGradient, as_kernel
 from .layouts import Layout, Placement, as_layout
@@ -31,6 +32,7 @@ def attention(
     layout: str | Layout = "contiguous",
     strategy: str | Strategy = "auto",
     kernel: str | Kernel = "auto",
+    collective: str | Collective = "auto",
     causal: bool = False,
     window: Window | None = None,
     cu_seqlens: Indices | None = None,
@@ -63,6 +65,8 @@ def attention(
     - `strategy`: "all_reduce", "all_gather", "ring", "pass_q" or "auto".
     - `kernel`: "native", "aten", "eager", "reference" or "auto": native where it was built and tensors are on the
       CPU, else aten.
+    - `collective`: how the states of replicated queries are merged over ranks, and their gradients summed:
+      "all_gather", "recursive_doubling", "k_ary", "tree", "ring", "rabenseifner", "two_level" or "auto".
     - `causal`: row i sees keys up to its own position. `window` (left, right): only so many keys around its own
       position; None or -1 is no limit. `key_range` (start, end), each (batch,): only those keys (padding).
       `cu_seqlens`, `cu_seqlens_k`: cumulative global lengths of packed documents, which see only themselves.
@@ -101,6 +105,7 @@ def attention(
         layout=layout,
         strategy=strategy,
         kernel=kernel,
+        collective=collective,
         causal=causal,
         window=window,
         cu_seqlens=cu_seqlens,
@@ -200,7 +205,8 @@ def _call(
         seed=_seed(comm, arguments) if arguments.dropout_p else 0,
     )
     kernel = as_kernel(arguments.kernel, q, v)
-    return Call(comm, kernel, q, k, v, mask, queries, keys, scores, arguments.q_replicated)
+    collective = as_collective(arguments.collective)
+    return Call(comm, kernel, q, k, v, mask, queries, keys, scores, arguments.q_replicated, collective)
 
 
 def _scaled(q: Tensor, scale: Tensor) -> Tensor:

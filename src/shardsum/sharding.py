@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .collectives import sum_over_ranks
+from .collectives import MAXIMUM, Collective, as_collective, reduce_over_ranks
 from .comm import Communicator, agree_on, as_communicator
 from .layouts import Layout, Placement, as_layout
 from .problem import state_dtype
@@ -65,13 +65,14 @@ def weighted_sum(
     values: Float[Tensor, "*batch keys v_dim"],
     *,
     comm: Communicator | Any = None,
+    collective: str | Collective = "auto",
 ) -> Tensor:
     """`weights @ values` over the keys of all ranks, for weights that are already normalised, on every rank.
 
     Shapes: weights (..., keys), values (..., keys, v_dim); the keys are this rank's, any number of them.
-    Numerics: partial sums are float32 or wider and are added in rank order, so every rank has the same bits. A
-    weight of exactly 0 contributes nothing, whatever its value holds.
-    Traffic: each rank sends its partial sum to every other, after the agreement.
+    Numerics: partial sums are float32 or wider, and every rank has the same bits. A weight of exactly 0
+    contributes nothing, whatever its value holds.
+    Traffic: after the agreement, what the collective declares for the partial sum.
     Raises: ValueError for shapes that do not fit; Mismatch where the ranks' calls differ.
 
     >>> weighted_sum(torch.tensor([0.25, 0.75]), torch.tensor([[4.0], [8.0]]))
@@ -82,13 +83,52 @@ def weighted_sum(
     def describe() -> dict[str, Any]:
         check_weighted(weights, values)
         sizes = [list(weights.shape[:-1]), [*values.shape[:-2], values.shape[-1]]]
-        return {"call": "weighted_sum", "dtype": str(values.dtype), "sizes": sizes}
+        name = as_collective(collective).name
+        return {"call": "weighted_sum", "dtype": str(values.dtype), "sizes": sizes, "collective": name}
 
     agree_on(comm, describe, weights, values, -1)
     dtype = state_dtype(values.dtype)
     partial = _sum_of_weighted(weights.to(dtype), values.to(dtype))
-    total: Tensor = SumOverRanks.apply(partial, comm)  # type: ignore[no-untyped-call]
+    total: Tensor = SumOverRanks.apply(partial, comm, as_collective(collective))  # type: ignore[no-untyped-call]
     return total.to(values.dtype)
+
+
+def global_value(
+    values: Tensor,
+    kind: str,
+    *,
+    comm: Communicator | Any = None,
+    collective: str | Collective = "auto",
+) -> Tensor:
+    """The "sum", "mean", "max" or "count" of the elements that all ranks hold, as one number, on every rank.
+
+    Shapes: `values` any, and another on every rank; no elements at all give 0, NaN, -inf and 0.
+    Numerics: in float64, then in the values' dtype (float32 or wider); a count is int64. Bit-equal on every rank.
+    Gradients: of sum and mean; the result is the same on every rank and counts once.
+    Raises: ValueError for another kind or values that are not floats; Mismatch where the ranks' calls differ.
+
+    >>> global_value(torch.tensor([1.0, 2.0, 6.0]), "mean")
+    tensor(3.)
+    """
+    comm = as_communicator(comm)
+
+    def describe() -> dict[str, Any]:
+        if kind not in ("sum", "mean", "max", "count"):
+            raise ValueError(f"kind must be sum, mean, max or count: got {kind!r}.")
+        if not values.is_floating_point():
+            raise ValueError(f"values must be floats: got {values.dtype}.")
+        return {"call": kind, "dtype": str(values.dtype), "collective": as_collective(collective).name}
+
+    flat = values.reshape(-1)
+    counts = [count for count, _ in agree_on(comm, describe, flat, flat, 0)]
+    if kind == "count":
+        return torch.tensor(sum(counts), device=values.device)
+    by = as_collective(collective)
+    if kind == "max":
+        flat = torch.cat([flat.detach().double(), flat.new_tensor([-torch.inf], dtype=torch.float64)])
+        return reduce_over_ranks(comm, flat.amax(), by, MAXIMUM).to(state_dtype(values.dtype))
+    total: Tensor = SumOverRanks.apply(flat.sum(dtype=torch.float64), comm, by)  # type: ignore[no-untyped-call]
+    return (total / sum(counts) if kind == "mean" else total).to(state_dtype(values.dtype))
 
 
 def check_weighted(weights: Tensor, values: Tensor) -> None:
@@ -156,9 +196,9 @@ class SumOverRanks(torch.autograd.Function):
     """The sum is the same on every rank and counts once, so each part receives its gradient as it is."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, comm: Communicator) -> Tensor:
-        return sum_over_ranks(comm, part)
+    def forward(ctx: Any, part: Tensor, comm: Communicator, collective: Collective) -> Tensor:
+        return reduce_over_ranks(comm, part, collective)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient, None
+        return gradient, None, None

@@ -14,8 +14,6 @@ Source: Milakov and Gimelshein 2018 (online softmax, section 3.1); Dao et al. 20
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,16 +101,3 @@ def merge(a: AttentionState, b: AttentionState) -> AttentionState:
     total = total.masked_fill(total == 0.0, 1.0)
     out = (a.out * (weight_a / total).unsqueeze(-1)).add_(b.out * (weight_b / total).unsqueeze(-1))
     return AttentionState(out, lse)
-
-
-def merge_all(states: Sequence[AttentionState]) -> AttentionState:
-    """The state over the union of several disjoint sets, merged pairwise along one fixed binary tree.
-
-    Numerics: the tree depends only on the number of states, so equal inputs give equal bits on every rank.
-    """
-    level = list(states)
-    assert level, "there is no shape to give an empty union"
-    while len(level) > 1:
-        pairs = [level[i : i + 2] for i in range(0, len(level), 2)]
-        level = [functools.reduce(merge, pair) for pair in pairs]
-    return level[0]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardsum import AttentionState, merge
-from shardsum.state import merge_all
+from shardsum.collectives import MERGE, combine_all, pack, unpack
 
 from ..tolerances import assert_close
 
@@ -68,7 +68,9 @@ def test_any_cut_in_any_order_is_the_sum_over_all_keys(
         lse = s.logsumexp(dim=1) if s.shape[1] else torch.full((ROWS,), -math.inf, dtype=torch.float64)
         out = (s - lse.unsqueeze(1)).exp() @ v[owner == part] if s.shape[1] else torch.zeros(ROWS, V_DIM).double()
         pieces.append(AttentionState(out.to(dtype), lse.to(dtype)))
-    whole = merge_all(pieces)
+    packed = [pack(piece) for piece in pieces]
+    combine_all(packed, MERGE, packed[0])
+    whole = unpack(packed[0])
     # A score of 100 in float32 is uncertain by 4e-6, and its weight by that factor.
     tolerance = 1e-13 if dtype == torch.float64 else 2e-5 if large else 1e-6
     assert_close(whole.out, score.softmax(dim=1) @ v, tolerance, "out")

@@ -17,11 +17,14 @@ from .. import __version__
 from ..kernels import instruction_sets
 
 
-def alternate(sides: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+def alternate(
+    sides: Mapping[str, Callable[[], object]], repetitions: int, before_each: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
     """Seconds of each repetition of every side, after one to warm up; the sides take turns."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for repetition in range(repetitions + 1):
         for name, work in sides.items():
+            before_each()
             start = time.perf_counter()
             work()
             if repetition:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.table import Table
 
+from ..bench import collectives as collectives_bench
 from ..bench import kernels as kernels_bench
 from .common import console, progress
 
@@ -39,11 +42,76 @@ def kernels(repetitions: int, only: str, as_json: bool, write: Path | None) -> N
             lines.append(kernels_bench.measure(work, repetitions))
             if as_json:
                 click.echo(json.dumps(lines[-1]))
+    _finish(lines, as_json, write, _table)
+
+
+@bench.command()
+@click.option("-n", "--ranks", type=click.IntRange(2), multiple=True, default=(2, 4), show_default=True)
+@click.option(
+    "--transport",
+    type=click.Choice(["mpi", "gloo", "threads"]),
+    multiple=True,
+    default=("mpi", "threads"),
+    show_default=True,
+    help="mpi measures gloo too, alternating in the same run.",
+)
+@click.option(
+    "--largest", type=click.IntRange(16384), default=1 << 26, show_default=True, help="Bytes of a state."
+)
+@click.option("--repetitions", type=click.IntRange(1), default=9, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON lines, nothing else.")
+@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="Append JSON lines to this file.")
+def collectives(
+    ranks: tuple[int, ...],
+    transport: tuple[str, ...],
+    largest: int,
+    repetitions: int,
+    as_json: bool,
+    write: Path | None,
+) -> None:
+    """All-reduce of attention states by every algorithm, beside mpi4py's and torch.distributed's operations.
+
+    \b
+    Example:
+      shardsum bench collectives -n 2 --transport mpi --largest 100000
+    """
+    sizes = [
+        queries
+        for queries in collectives_bench.QUERIES
+        if collectives_bench.state_bytes(queries) <= 1.05 * largest
+    ]
+    rows = list(itertools.product(ranks, transport, sizes))
+    lines = []
+    with progress() as bar:
+        for row in bar.track(rows, description="collectives"):
+            lines.append(collectives_bench.measure(*row, repetitions))
+            if as_json:
+                click.echo(json.dumps(lines[-1]))
+    _finish(lines, as_json, write, _collectives_table)
+
+
+def _finish(
+    lines: list[dict[str, Any]], as_json: bool, write: Path | None, table: Callable[[list[dict[str, Any]]], Table]
+) -> None:
     if write is not None:
         with write.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
     if not as_json:
-        console().print(_table(lines))
+        console().print(table(lines))
+
+
+def _collectives_table(lines: list[dict[str, Any]]) -> Table:
+    table = Table(
+        "ranks", "state bytes", "side", "microseconds", "times auto's (least to most)", "target: at least"
+    )
+    for line in lines:
+        table.add_section()
+        for side, seconds in line["seconds"].items():
+            found, target = line["ratio"].get(side), line["target"].get(side)
+            times = f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})" if found else ""
+            state, wanted = f"{line['state_bytes']:,}", f"{target:g}" if target else ""
+            table.add_row(str(line["ranks"]), state, side, f"{1e6 * seconds:,.1f}", times, wanted)
+    return table
 
 
 def _table(lines: list[dict[str, Any]]) -> Table:

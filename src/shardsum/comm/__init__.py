@@ -1,15 +1,17 @@
 """Between ranks: communicators over threads, torch.distributed and MPI, and how to get one."""
 
 from .agreement import agree, agree_on
-from .base import Communicator, Traffic
+from .base import NOTHING, Communicator, Message, Traffic
 from .connect import as_communicator, connect
 from .group import GroupCommunicator
 from .launch import launch
 from .threads import SingleCommunicator
 
 __all__ = [
+    "NOTHING",
     "Communicator",
     "GroupCommunicator",
+    "Message",
     "SingleCommunicator",
     "Traffic",
     "agree",

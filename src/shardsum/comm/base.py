@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,14 @@ from torch import Tensor
 DEFAULT_DEADLINE_SECONDS = 300.0
 # When a rank has failed, the others get this long to say so too before they are ended.
 GRACE_SECONDS = 1.0
+# Working memory up to this size is kept from one call to the next, of so many different sizes: the system takes
+# longer to give 4 MB than to copy them.
+KEPT_BYTES, KEPT_SIZES = 1 << 24, 8
+
+# Sent or received where a message goes one way only.
+NOTHING = torch.empty(0, dtype=torch.uint8)
+# What is sent, to whom, where to receive, from whom.
+Message = tuple[Tensor, int, Tensor, int]
 
 
 @dataclass
@@ -41,6 +50,9 @@ class Traffic:
         return Traffic(self.sent_bytes, self.messages, self.rounds)
 
 
+_HOST_BYTES = 64  # as long as a host's name can be on Linux
+
+
 class Communicator(ABC):
     """A fixed group of ranks that exchange tensors. One per thread of control; not shared between threads.
 
@@ -59,6 +71,8 @@ class Communicator(ABC):
         self.rank, self.size, self.deadline_seconds = rank, size, deadline_seconds
         self.traffic = Traffic()
         self.closed = False
+        self._scratch: dict[tuple[object, ...], tuple[Tensor, list[Tensor]]] = {}
+        self._hosts: tuple[str, ...] | None = None
 
     def all_gather(self, part: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
         """Every rank's `part`, in rank order; `shapes` gives each rank's shape where they differ."""
@@ -66,7 +80,7 @@ class Communicator(ABC):
         assert tuple(shapes[self.rank]) == tuple(part.shape), "own shape is not as agreed"
         flat, pieces = _receive_buffer(part, shapes)
         self._count([part.nbytes] * (self.size - 1))
-        self._all_gather(_as_bytes(part), flat, [piece.nbytes for piece in pieces])
+        self._all_gather(part.contiguous(), flat, [piece.nbytes for piece in pieces])
         return pieces
 
     def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -76,7 +90,7 @@ class Communicator(ABC):
         """
         flat, pieces = _receive_buffer(parts[0], shapes)
         self._count([part.nbytes for rank, part in enumerate(parts) if rank != self.rank])
-        self._all_to_all([_as_bytes(part) for part in parts], flat, [piece.nbytes for piece in pieces])
+        self._all_to_all([as_bytes(part) for part in parts], flat, [piece.nbytes for piece in pieces])
         return pieces
 
     def exchange(self, part: Tensor, to: int, source: int, shape: Sequence[int]) -> Callable[[], Tensor]:
@@ -89,14 +103,61 @@ class Communicator(ABC):
         if to == source == self.rank:
             piece.copy_(part)
             return lambda: piece
-        self._count([part.nbytes] if part.nbytes else [])
-        wait = self._exchange(_as_bytes(part), to, flat, source)
+        wait = self.start((part.contiguous(), to, flat, source))
 
         def finish() -> Tensor:
             wait()
             return piece
 
         return finish
+
+    def start(self, *messages: Message) -> Callable[[], None]:
+        """Start messages that make one round; call the result to wait for all of them.
+
+        A message is (what is sent, to whom, where to receive, from whom), both tensors contiguous and used as they
+        are: neither may be touched before the wait is over. What is empty is not sent.
+        """
+        self._count([send.nbytes for send, *_ in messages if send.nbytes])
+        if len(messages) == 1:
+            return self._exchange(*messages[0])
+        waits = [self._exchange(*message) for message in messages]
+        return lambda: _call_all(waits)
+
+    def all_gather_into(self, part: Tensor, pieces: Tensor) -> None:
+        """Write every rank's `part` into `pieces[rank]`; both are contiguous, and all parts are of one shape."""
+        self._count([part.nbytes] * (self.size - 1))
+        self._all_gather(part, pieces, [part.nbytes] * self.size)
+
+    def scratch(
+        self, like: Tensor, count: int = 1, use: str = "receive", shape: tuple[int, ...] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Working memory (count, *shape), and its parts: the same at every call for one use, whatever is in it."""
+        shape = like.shape if shape is None else shape
+        key = (use, count, shape, like.dtype, like.device)
+        found = self._scratch.get(key)
+        if found is None:
+            whole = torch.empty((count, *shape), dtype=like.dtype, device=like.device)
+            found = whole, list(whole.unbind())
+            if whole.nbytes <= KEPT_BYTES:
+                if len(self._scratch) == KEPT_SIZES:
+                    self._scratch.clear()
+                self._scratch[key] = found
+        return found
+
+    def hosts(self) -> tuple[str, ...]:
+        """The name of every rank's host, which all ranks ask for together.
+
+        They are gathered once, before any payload that is counted: not part of the traffic.
+        """
+        if self._hosts is None:
+            name = socket.gethostname().encode()[:_HOST_BYTES].ljust(_HOST_BYTES, b"\0")
+            everyones = torch.empty(self.size * _HOST_BYTES, dtype=torch.uint8)
+            self._all_gather(
+                torch.frombuffer(bytearray(name), dtype=torch.uint8), everyones, [_HOST_BYTES] * self.size
+            )
+            names = everyones.view(self.size, _HOST_BYTES).numpy()
+            self._hosts = tuple(name.tobytes().rstrip(b"\0").decode(errors="replace") for name in names)
+        return self._hosts
 
     def barrier(self) -> None:
         """Return when every rank has come here."""
@@ -115,13 +176,14 @@ class Communicator(ABC):
         self.close()
 
     def _count(self, message_bytes: Sequence[int]) -> None:
-        self.traffic.sent_bytes += sum(message_bytes)
-        self.traffic.messages += len(message_bytes)
-        self.traffic.rounds += bool(message_bytes)
+        if message_bytes:
+            self.traffic.sent_bytes += sum(message_bytes)
+            self.traffic.messages += len(message_bytes)
+            self.traffic.rounds += 1
 
-    # What a transport implements. Everything is flat uint8, so that no transport needs to know a dtype
-    # (MPI has no bfloat16). `receive` is one buffer that holds the pieces of all ranks one after another. An
-    # exchange neither sends nor waits for what is empty.
+    # What a transport implements. Tensors are contiguous, and what moves is their bytes: no transport needs to
+    # know a dtype (MPI has no bfloat16). `receive` holds the pieces of all ranks one after another. In an
+    # all-to-all everything is flat uint8 already. An exchange neither sends nor waits for what is empty.
 
     @abstractmethod
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None: ...
@@ -133,8 +195,16 @@ class Communicator(ABC):
     def _exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]: ...
 
 
-def _as_bytes(part: Tensor) -> Tensor:
+def as_bytes(part: Tensor) -> Tensor:
+    """The same memory as flat uint8, if it is contiguous."""
+    if part.dtype == torch.uint8 and part.ndim == 1 and part.is_contiguous():
+        return part
     return part.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _call_all(waits: Sequence[Callable[[], None]]) -> None:
+    for wait in waits:
+        wait()
 
 
 def _receive_buffer(like: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, list[Tensor]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from .base import Communicator
+from .base import Communicator, as_bytes
 
 
 class GroupCommunicator(Communicator):
@@ -18,10 +18,11 @@ class GroupCommunicator(Communicator):
     def __init__(self, parent: Communicator, members: Sequence[int]) -> None:
         super().__init__(list(members).index(parent.rank), len(members), parent.deadline_seconds)
         self.transport, self.traffic = parent.transport, parent.traffic
+        self._scratch = parent._scratch
         self._parent, self._members = parent, list(members)
 
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
-        self._all_to_all([send] * self.size, receive, sizes)
+        self._all_to_all([as_bytes(send)] * self.size, as_bytes(receive), sizes)
 
     def _all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
         pieces = receive.split(sizes)

@@ -30,54 +30,71 @@ class MpiCommunicator(Communicator):
     def __init__(self, mpi: Any = None, deadline_seconds: float = DEFAULT_DEADLINE_SECONDS) -> None:
         self._mpi = (_import_mpi().COMM_WORLD if mpi is None else mpi).Dup()
         super().__init__(self._mpi.Get_rank(), self._mpi.Get_size(), deadline_seconds)
+        library = _import_mpi()
+        self._error, self._byte, self._at = library.Exception, library.BYTE, library.buffer.fromaddress
 
     def close(self) -> None:
         super().close()
         self._mpi.Free()
 
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
-        to_all, from_all = _buffer(send, sum(sizes)), _buffer(receive)
+        to_all, from_all = self._buffer(send, sum(sizes)), self._buffer(receive)
         if len(set(sizes)) == 1:
             request = self._mpi.Iallgather(to_all, from_all)
         else:
-            request = self._mpi.Iallgatherv(to_all, [from_all, sizes, _displacements(sizes), _import_mpi().BYTE])
-        self._wait([request], "an all-gather")
+            request = self._mpi.Iallgatherv(to_all, [from_all, sizes, _displacements(sizes), self._byte])
+        self._wait([request])
 
     def _all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
-        byte, sent = _import_mpi().BYTE, [part.nbytes for part in send]
-        to_all, from_all = _buffer(torch.cat(send), sum(sizes)), _buffer(receive)
+        sent, together = [part.nbytes for part in send], torch.cat(send)
         request = self._mpi.Ialltoallv(
-            [to_all, sent, _displacements(sent), byte], [from_all, sizes, _displacements(sizes), byte]
+            [self._buffer(together), sent, _displacements(sent), self._byte],
+            [self._buffer(receive), sizes, _displacements(sizes), self._byte],
         )
-        self._wait([request], "an all-to-all")
+        self._wait([request])
 
     def _exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]:
-        requests = [self._mpi.Irecv(_buffer(receive), source=source)] if receive.nbytes else []
+        requests = [self._mpi.Irecv(self._buffer(receive), source)] if receive.nbytes else []
         if send.nbytes:
-            requests.append(self._mpi.Isend(_buffer(send), dest=to))
+            requests.append(self._mpi.Isend(self._buffer(send), to))
+        held = send, receive  # memory that MPI writes and reads until it is done
 
         def wait() -> None:
-            assert send is not None  # the message must live until it has left
-            self._wait(requests, f"rank {source} or rank {to}")
+            assert held
+            self._wait(requests, source, to)
 
         return wait
 
-    def _wait(self, requests: Sequence[Any], what: str) -> None:
+    def _wait(self, requests: Sequence[Any], *peers: int) -> None:
         """Poll until all requests are done. Raises: RankLost past the deadline, or where MPI saw a peer fail."""
         start = time.perf_counter()
-        error = _import_mpi().Exception
         try:
             for request in requests:
                 while not request.Test():
                     waited = time.perf_counter() - start
                     if waited > self.deadline_seconds:
                         raise RankLost(
-                            f"rank {self.rank} waited {waited:.0f} s for {what}: a peer is gone or stuck."
+                            f"rank {self.rank} waited {waited:.0f} s for {_named(peers)}: a peer is gone or stuck."
                         )
                     if waited > SPIN_SECONDS:
                         os.sched_yield()
-        except error as failure:
-            raise RankLost(f"rank {self.rank} waited for {what}: MPI says {failure}.") from failure
+        except self._error as failure:
+            raise RankLost(f"rank {self.rank} waited for {_named(peers)}: MPI says {failure}.") from failure
+
+    def _buffer(self, x: Tensor, total_bytes: int = 0) -> Any:
+        """torch's own memory as MPI sees it; the tensor must be kept as long as MPI uses that."""
+        if not x.is_cpu:
+            raise Unsupported(f"the mpi transport moves CPU memory: got tensors on {x.device}.")
+        if max(x.nbytes, total_bytes) > _MAX_BYTES:
+            raise Unsupported(
+                f"one MPI message holds at most {_MAX_BYTES} bytes: got {max(x.nbytes, total_bytes)}. "
+                "Use the ring strategy, more ranks or another transport."
+            )
+        return self._at(x.data_ptr(), x.nbytes)
+
+
+def _named(peers: Sequence[int]) -> str:
+    return " or ".join(f"rank {peer}" for peer in peers) or "all others"
 
 
 def _import_mpi() -> Any:
@@ -89,16 +106,6 @@ def _import_mpi() -> Any:
             "the mpi transport needs mpi4py and an MPI library: pip install 'shardsum[mpi]'."
         ) from missing
     return MPI
-
-
-def _buffer(flat: Tensor, total_bytes: int = 0) -> Any:
-    """torch's own memory as MPI sees it."""
-    if max(flat.nbytes, total_bytes) > _MAX_BYTES:
-        raise Unsupported(
-            f"one MPI message holds at most {_MAX_BYTES} bytes: got {max(flat.nbytes, total_bytes)}. "
-            "Use the ring strategy, more ranks or another transport."
-        )
-    return flat.numpy()
 
 
 def _displacements(sizes: Sequence[int]) -> list[int]:

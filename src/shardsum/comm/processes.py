@@ -17,6 +17,7 @@ from typing import TextIO
 from ..errors import Unsupported
 from .base import GRACE_SECONDS
 
+EAGER_BYTES = 1 << 15
 _RULE = re.compile(r"^-{60,}\n\0?", re.MULTILINE)  # Open MPI frames each of its messages between two of these
 
 
@@ -31,6 +32,9 @@ def run_processes(directory: Path, ranks: int, transport: str, threads: int) -> 
         commands = [[*_mpiexec(ranks), *worker]]
         # On one host the shared-memory transport alone starts in 0.1 s instead of 1.0.
         environment |= {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "sm,self"}
+        # Up to this size a message is copied and gone; beyond it, both sides must be there at the same time. The
+        # usual 4 KB are less than one attention state.
+        environment |= {"OMPI_MCA_btl_sm_eager_limit": str(EAGER_BYTES)}
     else:
         commands = [[*worker, str(rank)] for rank in range(ranks)]
     group = _Group(directory, ranks)

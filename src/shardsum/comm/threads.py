@@ -10,7 +10,7 @@ from threading import Condition
 from torch import Tensor
 
 from ..errors import RankLost
-from .base import DEFAULT_DEADLINE_SECONDS, Communicator
+from .base import DEFAULT_DEADLINE_SECONDS, Communicator, as_bytes
 
 
 class Hub:
@@ -62,7 +62,7 @@ class ThreadCommunicator(Communicator):
         self._hub = hub
 
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
-        self._deliver([send.clone()] * self.size, receive, sizes)
+        self._deliver([as_bytes(send).clone()] * self.size, as_bytes(receive), sizes)
 
     def _all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
         self._deliver([message.clone() for message in send], receive, sizes)
@@ -75,8 +75,8 @@ class ThreadCommunicator(Communicator):
 
     def _exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]:
         if send.nbytes:
-            self._hub.put(self.rank, to, send.clone())
-        return lambda: self._receive(receive, source)
+            self._hub.put(self.rank, to, as_bytes(send).clone())
+        return lambda: self._receive(as_bytes(receive), source)
 
     def _receive(self, receive: Tensor, source: int) -> None:
         if receive.nbytes:
@@ -92,11 +92,11 @@ class SingleCommunicator(Communicator):
         super().__init__(0, 1, deadline_seconds)
 
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
-        receive.copy_(send)
+        as_bytes(receive).copy_(as_bytes(send))
 
     def _all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
         receive.copy_(send[0])
 
     def _exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]:
-        receive.copy_(send)
+        as_bytes(receive).copy_(as_bytes(send))
         return lambda: None

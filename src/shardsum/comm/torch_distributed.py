@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RankLost
-from .base import DEFAULT_DEADLINE_SECONDS, Communicator
+from .base import DEFAULT_DEADLINE_SECONDS, Communicator, as_bytes
 
 _groups = itertools.count()  # every rank makes the same ones, in the same order
 
@@ -30,7 +30,7 @@ class TorchCommunicator(Communicator):
     ) -> None:
         super().__init__(rank, size, deadline_seconds)
         self.transport = transport
-        self._group = group
+        self.group = group
         atexit.register(self.close)
         self._device: torch.device | None = None
         self._together: list[torch.device] = []
@@ -44,22 +44,24 @@ class TorchCommunicator(Communicator):
 
     def close(self) -> None:
         super().close()
-        self._group = None  # with the last reference its threads end; once Python stops they abort the process
+        self.group = None  # with the last reference its threads end; once Python stops they abort the process
 
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
+        send, receive = as_bytes(send), as_bytes(receive)
         if len(set(sizes)) > 1:  # this collective takes equal sizes only; whatever else is padding
             self._pairwise([send] * self.size, receive, sizes)
             return
         if sizes[0] == 0:
             return
         there, back = self._at_hand(send), self._at_hand(receive)
-        self._wait(self._group.allgather([list(back.split(sizes))], [there]))
+        self._wait(self.group.allgather([list(back.split(sizes))], [there]))
         _return(back, receive)
 
     def _all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
         self._pairwise(send, receive, sizes)
 
     def _exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]:
+        send, receive = as_bytes(send), as_bytes(receive)
         there, back = self._at_hand(send), self._at_hand(receive)
         works = self._start([(to, there)] if send.nbytes else [], [(source, back)] if receive.nbytes else [])
 
@@ -90,11 +92,11 @@ class TorchCommunicator(Communicator):
             return []
         try:
             if self._device is not None:  # one thing after the other: ranks would all receive, and none send
-                self._group._start_coalescing(*self._together)
-            works = [(peer, self._group.recv([piece], peer, 0)) for peer, piece in receiving]
-            works += [(peer, self._group.send([piece], peer, 0)) for peer, piece in sending]
+                self.group._start_coalescing(*self._together)
+            works = [(peer, self.group.recv([piece], peer, 0)) for peer, piece in receiving]
+            works += [(peer, self.group.send([piece], peer, 0)) for peer, piece in sending]
             if self._device is not None:
-                return [(works[0][0], self._group._end_coalescing(*self._together))]
+                return [(works[0][0], self.group._end_coalescing(*self._together))]
         except RuntimeError as failure:
             raise RankLost(f"rank {self.rank} could not start sending: {failure}") from failure
         return works

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..collectives import as_collective
 from ..comm import Communicator, agree, as_communicator, connect
 from ..errors import Unsupported
 from ..kernels import Kernel
@@ -141,7 +142,7 @@ class Training(Bound):
         targets = batch.own(shifted(labels)) if len(batch.rows) else labels.new_full(logits.shape[:2], IGNORED)
         logits = logits.to(state_dtype(logits.dtype)).flatten(0, 1)
         total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        loss: Tensor = SumOverRanks.apply(total / divisor, self.comm)  # type: ignore[no-untyped-call]
+        loss: Tensor = SumOverRanks.apply(total / divisor, self.comm, as_collective("auto"))  # type: ignore[no-untyped-call]
         return loss
 
     def sum_gradients(self) -> None:

@@ -27,7 +27,7 @@ class AllReduce(Strategy):
         comm = call.comm
         if call.q_replicated:
             state = call.partial(call.q, call.k, call.v, rows_of=comm.rank, keys_of=comm.rank)
-            return all_reduce_states(comm, state)
+            return all_reduce_states(comm, state, call.collective)
         queries = comm.all_gather(call.q, [call.q_shape(rank) for rank in range(comm.size)])
         states = [
             call.partial(q, call.k, call.v, rows_of=rank, keys_of=comm.rank) for rank, q in enumerate(queries)
@@ -49,7 +49,8 @@ class AllReduce(Strategy):
     def _traffic(self, call: Call) -> Traffic:
         rank, others = call.comm.rank, [r for r in range(call.comm.size) if r != call.comm.rank]
         if call.q_replicated:
-            return Traffic(call.state_bytes(rank) * len(others), len(others), 1)
+            rows, row_bytes = call.q.shape[:3].numel(), call.state_bytes(rank)
+            return call.collective.traffic(call.comm, rows, row_bytes // max(1, rows))
         states_bytes = sum(call.state_bytes(other) for other in others)
         return Traffic(call.q.nbytes * len(others) + states_bytes, 2 * len(others), 2)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..collectives import sum_over_ranks
+from ..collectives import Auto, Collective, reduce_over_ranks
 from ..comm import Communicator, Traffic
 from ..errors import NonFiniteWarning
 from ..kernels import Gradients, Kernel, OutputGradient
@@ -42,6 +42,7 @@ class Call:
     keys: Placement
     scores: Scores
     q_replicated: bool
+    collective: Collective = field(default_factory=Auto)
     # What was found out about the mask, which every strategy asks several times.
     _intervals_of: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     _runs_of: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -228,12 +229,11 @@ class Strategy(ABC):
             return Traffic()
         if not call.q_replicated:
             return self._traffic_backward(call)
-        others = call.comm.size - 1
-        sent_bytes = call.row_bytes(call.q.shape[2], call.q.shape[3]) * others
+        itemsize = state_dtype(call.q.dtype).itemsize
+        sent = call.collective.traffic(call.comm, call.q.numel(), itemsize)
         if call.scores.bias is None:
-            return Traffic(sent_bytes, others, 1)
-        bias_bytes = call.scores.bias.numel() * state_dtype(call.q.dtype).itemsize
-        return Traffic(sent_bytes + bias_bytes * others, 2 * others, 2)
+            return sent
+        return sent + call.collective.traffic(call.comm, call.scores.bias.numel(), itemsize)
 
     @abstractmethod
     def _backward(self, call: Call, gradient: OutputGradient) -> Gradients: ...
@@ -249,8 +249,9 @@ def replicated_backward(call: Call, gradient: OutputGradient) -> Gradients:
     """Every rank has all rows and their gradients: it needs to sum over ranks only what these rows receive."""
     rank = call.comm.rank
     own = call.partial_backward(call.q, call.k, call.v, gradient, rows_of=rank, keys_of=rank)
-    bias = None if own.bias is None else sum_over_ranks(call.comm, own.bias)
-    return Gradients(sum_over_ranks(call.comm, own.q), own.k, own.v, bias)
+    q = reduce_over_ranks(call.comm, own.q, call.collective)
+    bias = None if own.bias is None else reduce_over_ranks(call.comm, own.bias, call.collective)
+    return Gradients(q, own.k, own.v, bias)
 
 
 def pack_gradient(gradient: OutputGradient) -> Tensor:

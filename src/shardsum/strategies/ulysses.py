@@ -141,6 +141,7 @@ class _Node:
             keys,
             call.scores.some_heads(own.start, own.stop),
             call.q_replicated,
+            call.collective,
         )
 
     def empty_call(self, call: Call) -> Call:

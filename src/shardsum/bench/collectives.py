@@ -1,0 +1,132 @@
+"""All-reduce of attention states by every algorithm and transport, beside the libraries' own operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.distributed import FileStore
+
+from ..collectives import COLLECTIVES, all_reduce_states, as_collective
+from ..comm import Communicator, launch
+from ..comm.torch_distributed import TorchCommunicator, connect_gloo
+from ..state import AttentionState
+from .timing import alternate, machine, ratio
+
+Sides = dict[str, Callable[[], object]]
+
+# States of 32 heads and v_dim 128: from one query row to 64 MB.
+HEADS, V_DIM = 32, 128
+QUERIES = (1, 4, 16, 64, 256, 1024, 4096)
+# How often one operation is done in a repetition: for so many bytes, at most so often, or clocks are too coarse.
+BYTES_IN_A_REPETITION, MOST_IN_A_REPETITION = 1 << 24, 100
+OURS, GATHER, MAX_AND_SUM = "mpi auto", "mpi4py Allgather", "gloo max+sum"
+# By queries: how many times a raw all-gather the merge may take, and how many times as fast as Gloo it should be.
+TARGETS = {1: (3.0, 8.0), 256: (None, 4.0)}
+
+
+def measure(ranks: int, transport: str, queries: int, repetitions: int) -> dict[str, Any]:
+    """The row as one JSON object: median seconds of each side on rank 0, and how long the others took beside ours.
+
+    With "mpi" the same ranks have a Gloo group too, so that both transports alternate in one run.
+    """
+    before = machine()
+    with TemporaryDirectory(prefix="shardsum-") as directory:
+        store = str(Path(directory) / "store")
+        times = launch(_times, ranks, transport, (store, queries, repetitions))[0]
+    ours = f"{transport} auto"
+    return {
+        "benchmark": "collectives",
+        "ranks": ranks,
+        "transport": transport,
+        "state_bytes": state_bytes(queries),
+        "seconds": {name: sorted(t)[len(t) // 2] for name, t in times.items()},
+        "ratio": {name: ratio(t, times[ours]) for name, t in times.items() if name != ours},
+        "target": _targets(queries) if (ranks, transport) == (2, "mpi") else {},
+        "repetitions": repetitions,
+        **before,
+    }
+
+
+def state_bytes(queries: int) -> int:
+    """Bytes of the packed state of so many query rows."""
+    return queries * HEADS * (V_DIM + 1) * 4
+
+
+def _targets(queries: int) -> dict[str, float]:
+    """By side, how many times as long as ours it should take: an all-gather at least a third of ours."""
+    gather, gloo = TARGETS.get(queries, (None, None))
+    return ({GATHER: round(1 / gather, 3)} if gather else {}) | ({MAX_AND_SUM: gloo} if gloo else {})
+
+
+def _times(comm: Communicator, store: str, queries: int, repetitions: int) -> dict[str, list[float]]:
+    """Seconds of one operation in each repetition, on this rank."""
+    sides = _sides(comm, queries)
+    gloo: TorchCommunicator | None = comm if isinstance(comm, TorchCommunicator) else None
+    if comm.transport == "mpi":
+        sides |= _raw_mpi(queries)
+        gloo = connect_gloo(FileStore(store, comm.size), comm.rank, comm.size, comm.deadline_seconds, True)
+        sides |= _sides(gloo, queries)
+    if gloo is not None:
+        sides |= _raw_gloo(gloo, queries)
+    count = max(1, min(MOST_IN_A_REPETITION, BYTES_IN_A_REPETITION // state_bytes(queries)))
+
+    def repeated(side: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(count):
+                side()
+
+        return run
+
+    times = alternate({name: repeated(side) for name, side in sides.items()}, repetitions, comm.barrier)
+    return {name: [one / count for one in t] for name, t in times.items()}
+
+
+def _state(queries: int) -> AttentionState:
+    return AttentionState(torch.randn(1, HEADS, queries, V_DIM), torch.randn(1, HEADS, queries))
+
+
+def _sides(comm: Communicator, queries: int) -> Sides:
+    def side(name: str) -> Callable[[], object]:
+        collective, state = as_collective(name), _state(queries)
+        return lambda: all_reduce_states(comm, state, collective)
+
+    return {f"{comm.transport} {name}": side(name) for name in ("auto", *COLLECTIVES)}
+
+
+def _raw_mpi(queries: int) -> Sides:
+    """MPI's own operations on the same bytes; a sum of them is not a merge, and the least that one could take."""
+    from mpi4py import MPI
+
+    world, count = MPI.COMM_WORLD, state_bytes(queries) // 4
+    sent, gathered, total = torch.ones(count), torch.empty(world.Get_size() * count), torch.empty(count)
+    buffers = [x.numpy() for x in (sent, gathered, total)]
+    return {
+        GATHER: lambda: world.Allgather(buffers[0], buffers[1]),
+        "mpi4py Allreduce": lambda: world.Allreduce(buffers[0], buffers[2]),
+    }
+
+
+def _raw_gloo(comm: TorchCommunicator, queries: int) -> Sides:
+    from torch.distributed import AllreduceOptions, ReduceOp
+
+    state, flat = _state(queries), torch.ones(state_bytes(queries) // 4)
+    total, largest = AllreduceOptions(), AllreduceOptions()
+    largest.reduceOp = ReduceOp(ReduceOp.MAX)
+
+    def max_and_sum() -> AttentionState:
+        """Shyam et al. 2024, algorithm 3, with numerator and denominator in one message."""
+        top = state.lse.clone()
+        comm.group.allreduce([top], largest).wait()
+        weight = (state.lse - top).exp().unsqueeze(-1)
+        sums = torch.cat([state.out * weight, weight], dim=-1)
+        comm.group.allreduce([sums], total).wait()
+        return AttentionState(sums[..., :-1] / sums[..., -1:], top + sums[..., -1].log())
+
+    return {
+        MAX_AND_SUM: max_and_sum,
+        "gloo all_reduce": lambda: comm.group.allreduce([flat], total).wait(),
+    }

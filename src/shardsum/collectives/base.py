@@ -1,0 +1,53 @@
+"""The interface of a collective: an all-reduce by one algorithm, with its cost in closed form."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from ..comm import Communicator, Traffic
+from .operations import Operation
+
+
+class Collective(ABC):
+    """An algorithm for all-reduce. It moves and combines rows of numbers, whatever the operation makes of them.
+
+    Every pair of partial results is combined in rank order, and either by one rank, which sends the others what
+    came out, or by several in the same way: all ranks get the same bits.
+    """
+
+    name: str
+
+    def all_reduce(self, comm: Communicator, rows: Tensor, operation: Operation) -> None:
+        """Replace `rows`, contiguous and of the same shape (rows, width) on every rank, by all ranks' combined."""
+        assert rows.is_contiguous()
+        assert rows.ndim == 2
+        if comm.size > 1 and rows.numel():
+            self._all_reduce(comm, rows, operation)
+
+    def traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic:
+        """What this rank sends, in closed form: the communicator must count exactly this."""
+        return self._traffic(comm, rows, row_bytes) if comm.size > 1 and rows * row_bytes else Traffic()
+
+    def rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
+        """The longest chain of rounds of which each waits for the one before; fewer where some have no rows."""
+        return self._rounds(comm, rows, row_bytes) if comm.size > 1 and rows * row_bytes else 0
+
+    def messages_at_once(self, comm: Communicator) -> int:
+        """The most messages that a rank sends in one round."""
+        return 1
+
+    @abstractmethod
+    def _all_reduce(self, comm: Communicator, rows: Tensor, operation: Operation) -> None: ...
+
+    @abstractmethod
+    def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int: ...
+
+    @abstractmethod
+    def _traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic: ...
+
+
+def cut(rows: int, parts: int) -> list[int]:
+    """The edges of so many parts of the rows, as even as they can be."""
+    return [rows * part // parts for part in range(parts + 1)]

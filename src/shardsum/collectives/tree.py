@@ -1,0 +1,72 @@
+"""A binomial tree: partial results go up to the first rank, the result comes down again."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..comm import NOTHING, Communicator, Traffic
+from .base import Collective
+from .operations import Operation
+
+
+class BinomialTree(Collective):
+    """Reduce to rank 0, then broadcast: the fewest messages and bytes of all, on twice the depth.
+
+    Source: Thakur, Rabenseifner, Gropp 2005 (sections 4.2 and 4.5); Chan et al. 2007 (section 3: minimum-spanning
+    tree broadcast and reduce).
+    """
+
+    name = "tree"
+
+    def _all_reduce(self, comm: Communicator, rows: Tensor, operation: Operation) -> None:
+        reduce_to_first(comm, rows, operation)
+        broadcast_from_first(comm, rows)
+
+    def _traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic:
+        return tree_traffic(comm, rows * row_bytes)
+
+    def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
+        return 2 * tree_depth(comm.size)
+
+
+def reduce_to_first(comm: Communicator, rows: Tensor, operation: Operation) -> None:
+    """Combine all ranks' rows in those of rank 0; on other ranks they become partial results."""
+    _, (theirs,) = comm.scratch(rows)
+    distance = 1
+    while distance < comm.size:
+        if comm.rank & distance:
+            comm.start((rows, comm.rank - distance, NOTHING, comm.rank - distance))()
+            return
+        if comm.rank + distance < comm.size:
+            comm.start((NOTHING, comm.rank + distance, theirs, comm.rank + distance))()
+            operation.combine(rows, theirs, rows)
+        distance *= 2
+
+
+def broadcast_from_first(comm: Communicator, rows: Tensor) -> None:
+    """Replace all ranks' rows by those of rank 0."""
+    for distance in _distances(comm.size):
+        if comm.rank % (2 * distance) == distance:
+            comm.start((NOTHING, comm.rank - distance, rows, comm.rank - distance))()
+        elif comm.rank % (2 * distance) == 0 and comm.rank + distance < comm.size:
+            comm.start((rows, comm.rank + distance, NOTHING, comm.rank + distance))()
+
+
+def tree_traffic(comm: Communicator, rows_bytes: int) -> Traffic:
+    """What this rank sends in both: its partial result unless it is the first, and the result to its children."""
+    children = sum(
+        1
+        for distance in _distances(comm.size)
+        if comm.rank % (2 * distance) == 0 and comm.rank + distance < comm.size
+    )
+    messages = children + (comm.rank > 0)
+    return Traffic(rows_bytes * messages, messages, messages)
+
+
+def tree_depth(size: int) -> int:
+    """Rounds up, or down."""
+    return (size - 1).bit_length()
+
+
+def _distances(size: int) -> list[int]:
+    return [1 << level for level in reversed(range(tree_depth(size)))]
