@@ -184,7 +184,8 @@ def _check_gradient(d_out: Tensor, lse: Tensor, delta: Tensor, q: Tensor, proble
     _check_tensor("delta", delta, q, dtype, shape)
 
 
-def _check_tensor(name: str, x: Tensor, q: Tensor, dtype: torch.dtype, *shapes: tuple[int, ...]) -> None:
+def _check_tensor(name: str, x: Tensor, q: Tensor, dtype: torch.dtype, *shapes: tuple[Any, ...]) -> None:
+    # A size is an int, or a symbol while torch traces shapes.
     if x.dtype != dtype or x.device != q.device or x.shape not in shapes:
         expected = " or ".join(str(tuple(shape)) for shape in dict.fromkeys(shapes))
         raise ValueError(
