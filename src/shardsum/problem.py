@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,7 @@ from torch import Tensor
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What one rank brings to a call; q_len and kv_len are this rank's own, the rest is equal on all ranks.
 
     Raises: ValueError where q, k and v do not fit together.
@@ -35,15 +34,20 @@ class Problem:
                 raise ValueError(
                     f"{name} must be (batch, heads, length, dim): got {tuple(tensor.shape)}. Add the missing dims."
                 )
-        shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}."
+        batch, q_heads, q_len, head_dim = q.shape
+        kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
+        wrong = None  # the message is made only where one is needed: every decode step comes here
         if k.shape[:3] != v.shape[:3]:
-            raise ValueError(f"k and v must have the same batch, heads and length: {shapes}")
-        if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-            raise ValueError(f"q and k must have the same batch and head_dim: {shapes}")
-        if not (q.shape[3] and v.shape[3]):
-            raise ValueError(f"head_dim and v_dim must be at least 1: {shapes}")
-        if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-            raise ValueError(f"kv_heads must divide q_heads: {shapes}")
+            wrong = "k and v must have the same batch, heads and length"
+        elif batch != k.shape[0] or head_dim != k.shape[3]:
+            wrong = "q and k must have the same batch and head_dim"
+        elif not (head_dim and v_dim):
+            wrong = "head_dim and v_dim must be at least 1"
+        elif kv_heads == 0 or q_heads % kv_heads:
+            wrong = "kv_heads must divide q_heads"
+        if wrong is not None:
+            shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+            raise ValueError(f"{wrong}: got {shapes}.")
         if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
             raise ValueError(
                 "q, k and v must have one dtype of float64, float32, bfloat16, float16: "
@@ -51,8 +55,7 @@ class Problem:
             )
         if not q.device == k.device == v.device:
             raise ValueError(f"q, k and v must be on one device: got {q.device}, {k.device}, {v.device}.")
-        batch, q_heads, q_len, head_dim = q.shape
-        return cls(batch, q_heads, k.shape[1], q_len, k.shape[2], head_dim, v.shape[3], q.dtype)
+        return cls(batch, q_heads, kv_heads, q_len, kv_len, head_dim, v_dim, q.dtype)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardsum.kernels import NativeKernel, as_kernel, native, why_not_native
+from shardsum.kernels import NativeKernel, as_kernel, operators, why_not_native
 
 from .run import shardsum
 
@@ -21,7 +21,7 @@ def test_it_names_the_kernel_that_is_used(capsys: pytest.CaptureFixture[str]) ->
 def test_without_native_kernels_it_says_why(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "native_module", lambda: None)
+    monkeypatch.setattr(operators, "native_module", lambda: None)
     found = shardsum(capsys, "doctor", "--json").json
     assert found["kernel_on_cpu"] == "aten"
     assert found["native_kernels"] == why_not_native()

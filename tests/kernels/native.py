@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardsum.kernels.native import DECODE_ROWS, NativeKernel, instruction_sets
+from shardsum.kernels.native import NativeKernel
+from shardsum.kernels.operators import DECODE_ROWS, instruction_sets
 from shardsum.scores import Scores
 
 from .. import dense

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shardsum.kernels import Gradients, OutputGradient
-from shardsum.kernels.native import NativeKernel, instruction_sets
+from shardsum.kernels.native import NativeKernel
+from shardsum.kernels.operators import instruction_sets
 from shardsum.problem import state_dtype
 from shardsum.scores import Scores
 

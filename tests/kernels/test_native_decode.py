@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardsum.kernels.native import DECODE_ROWS, NativeKernel
+from shardsum.kernels.native import NativeKernel
+from shardsum.kernels.operators import DECODE_ROWS
 from shardsum.scores import Scores
 
 from .. import dense

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.native import native_module
+from ..kernels.operators import native_module
 from ..state import AttentionState, merge
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from ..errors import Unsupported
 from .aten import AtenKernel
 from .base import Gradients, Kernel, OutputGradient
-from .native import NativeKernel, instruction_sets, why_not_native
+from .native import NativeKernel
+from .operators import instruction_sets, why_not_native
 from .reference import EagerKernel, ReferenceKernel
 
 KERNELS: dict[str, type[Kernel]] = {
