@@ -227,8 +227,8 @@ def test_what_is_refused() -> None:
     right, hole = torch.ones(1, 9, dtype=torch.int64), torch.ones(1, 9, dtype=torch.int64)
     right[0, 8], hole[0, 4] = 0, 0
     cases: list[tuple[dict[str, Any], type[ValueError], str]] = [
-        ({"attention_mask": right}, Unsupported, "padding on the right, or a hole"),
-        ({"attention_mask": hole}, Unsupported, "padding on the right, or a hole"),
+        ({"attention_mask": right}, Unsupported, "got padding on the right"),
+        ({"attention_mask": hole}, Unsupported, "got a hole"),
         ({"assistant_model": model}, Unsupported, "assisted decoding"),
         ({"prompt_lookup_num_tokens": 2}, Unsupported, "prompt lookup"),
         ({"num_beams": 2, "do_sample": True}, Unsupported, "do_sample"),
