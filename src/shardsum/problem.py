@@ -27,7 +27,8 @@ class Problem:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> Problem:
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, *, quantized: bool = False) -> Problem:
+        """The sizes of q, k and v; k and v may be int8 if `quantized`."""
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{name} must be a torch tensor: got {type(tensor).__name__}.")
@@ -44,7 +45,8 @@ class Problem:
             raise ValueError(f"head_dim and v_dim must be at least 1: {shapes}")
         if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
             raise ValueError(f"kv_heads must divide q_heads: {shapes}")
-        if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        of_keys = torch.int8 if quantized else q.dtype
+        if not of_keys == k.dtype == v.dtype or q.dtype not in DTYPES:
             raise ValueError(
                 "q, k and v must have one dtype of float64, float32, bfloat16, float16: "
                 f"got {q.dtype}, {k.dtype}, {v.dtype}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from ..errors import Unsupported
 from ..problem import state_dtype
+from ..quantized import Quantized
 from ..scores import Scores
 from ..state import AttentionState
 from .base import Bounds, Gradients, Kernel, Keys, OutputGradient, Queries, Values
 from .reference import EagerKernel
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int8: 4}
 LARGEST_DIM = 512
 # Up to so many rows for each KV head, decode is faster than prefill.
 DECODE_ROWS = 16
@@ -49,9 +51,23 @@ class NativeKernel(Kernel):
         state = AttentionState.empty(*q.shape[:3], v.shape[3], dtype=state_dtype(q.dtype))
         if state.out.numel() and k.shape[2]:
             call, kept_alive = _call(q, k, v, lo, hi, scores)
-            few = q.shape[1] // k.shape[1] * q.shape[2] <= DECODE_ROWS
-            operation = native_module().decode if few else native_module().prefill
+            operation = native_module().decode if _few_rows(q, k) else native_module().prefill
             operation(self.instruction_set, *call, state.out.data_ptr(), state.lse.data_ptr())
+            del kept_alive
+        return state
+
+    def forward_quantized(
+        self, q: Queries, k: Quantized, v: Quantized, lo: Bounds, hi: Bounds, scores: Scores
+    ) -> AttentionState:
+        if scores.bias is not None or q.dtype == torch.float64 or not _few_rows(q, k.numbers):
+            return super().forward_quantized(q, k, v, lo, hi, scores)
+        _check(q, v.numbers)
+        q, keys, values = _readable(q, torch.float32), *(_readable(x.numbers, torch.int8) for x in (k, v))
+        scales = [x.scales if x.scales.stride(2) == 1 else x.scales.contiguous() for x in (k, v)]
+        state = AttentionState.empty(*q.shape[:3], values.shape[3], dtype=torch.float32)
+        if state.out.numel() and keys.shape[2]:
+            call, kept_alive = _call(q, keys, values, lo, hi, scores, scales)
+            native_module().decode(self.instruction_set, *call, state.out.data_ptr(), state.lse.data_ptr())
             del kept_alive
         return state
 
@@ -108,8 +124,22 @@ def _check(q: Tensor, v: Tensor) -> None:
         raise Unsupported(f"{wrong} Use kernel='aten'.")
 
 
+def _few_rows(q: Tensor, k: Tensor) -> bool:
+    return q.shape[1] // k.shape[1] * q.shape[2] <= DECODE_ROWS
+
+
+def _strided(x: Tensor) -> tuple[int, int, int, int]:
+    return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
+
+
 def _call(
-    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scores: Scores
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    scores: Scores,
+    scales: Sequence[Tensor] | None = None,
 ) -> tuple[tuple[Any, ...], list[Tensor]]:
     """What all operations are told, as native/module.cpp takes it apart, and the tensors that it points to."""
     lo, hi = (bound.expand(lo.shape).contiguous() for bound in torch.broadcast_tensors(lo, hi))
@@ -125,7 +155,7 @@ def _call(
         return 0 if x is None or x.shape[0] == 1 else q.shape[2]
 
     sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
-    tensors = [(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)) for x in (q, k, v)]
+    storage = ((0, 0, 0, 0),) * 2 if scales is None else tuple(_strided(x) for x in scales)
     described = (
         scores.scale,
         scores.softcap or 0.0,
@@ -139,4 +169,5 @@ def _call(
         per_sequence(scores.own),
     )
     bounds = (lo.data_ptr(), hi.data_ptr(), per_sequence(lo))
-    return (_TYPES[q.dtype], sizes, *tensors, bounds, described, torch.get_num_threads()), alive
+    tensors = (_strided(q), _strided(k), _strided(v), storage)
+    return (_TYPES[k.dtype], sizes, *tensors, bounds, described, torch.get_num_threads()), alive
