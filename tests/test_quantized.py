@@ -60,7 +60,7 @@ def decode_error(comm: Communicator, kernel: str, dtype: torch.dtype, head_dim: 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_the_stated_error_on_normal_keys_and_values(kernel: str, dtype: torch.dtype, head_dim: int) -> None:
     for error in launch(decode_error, ranks=2, transport="threads", args=(kernel, dtype, head_dim)):
-        # Less than 1e-3 would mean that nothing was quantized. Other kernels are given copies, rounded to bfloat16.
+        # Less than 1e-3: nothing was quantized. Other kernels than native are given copies, rounded to bfloat16.
         assert 1e-3 <= error <= (1.1e-2 if dtype == torch.bfloat16 and kernel != "native" else 1e-2)
 
 
