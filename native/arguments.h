@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-enum class Type : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
+// int8: that of keys and values, beside queries in float32, in decode alone.
+enum class Type : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3, int8 = 4 };
 
 // A tensor (batch, heads, length, dim): strides in elements, the last dim's is 1.
 struct Tensor {
@@ -16,6 +17,7 @@ struct Attention {
     Type type;
     int64_t batch, q_heads, kv_heads, q_len, kv_len, head_dim, v_dim;
     Tensor q, k, v;
+    Tensor k_scales, v_scales;    // (batch, kv_heads, kv_len) in float32, what a row of int8 is multiplied by
     const int64_t *lo, *hi;
     int64_t bounds_batch;
     double scale;

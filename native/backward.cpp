@@ -262,6 +262,7 @@ void backward(const Backward& a) {
         case Type::bfloat16: return run<bfloat16>(a);
         case Type::float16: return run<float16>(a);
         case Type::float64: return run<double>(a);
+        case Type::int8: return;  // is decode's
     }
 }
 

@@ -87,6 +87,7 @@ void decode(const Forward& a) {
         case Type::bfloat16: return run_decode<bfloat16>(a);
         case Type::float16: return run_decode<float16>(a);
         case Type::float64: return run_decode<double>(a);
+        case Type::int8: return run_decode<int8_t>(a);
     }
 }
 

@@ -51,6 +51,7 @@ using Strided = std::tuple<intptr_t, int64_t, int64_t, int64_t>;
 using Bounds = std::tuple<intptr_t, intptr_t, int64_t>;
 using Scores = std::tuple<double, double, intptr_t, double, uint64_t, int64_t, intptr_t, intptr_t, intptr_t, int64_t>;
 
+using Storage = std::tuple<Strided, Strided>;  // scales of keys and of values; addresses are 0 without
 using Gradient = std::tuple<intptr_t, intptr_t, intptr_t>;
 
 Tensor tensor(const Strided& t) {
@@ -58,11 +59,12 @@ Tensor tensor(const Strided& t) {
 }
 
 Attention attention(int type, const Sizes& sizes, const Strided& q, const Strided& k, const Strided& v,
-                    const Bounds& bounds, const Scores& scores, int threads) {
+                    const Storage& storage, const Bounds& bounds, const Scores& scores, int threads) {
     Attention a{};
     a.type = Type(type);
     std::tie(a.batch, a.q_heads, a.kv_heads, a.q_len, a.kv_len, a.head_dim, a.v_dim) = sizes;
     a.q = tensor(q), a.k = tensor(k), a.v = tensor(v);
+    a.k_scales = tensor(std::get<0>(storage)), a.v_scales = tensor(std::get<1>(storage));
     a.lo = pointer<const int64_t>(std::get<0>(bounds)), a.hi = pointer<const int64_t>(std::get<1>(bounds));
     a.bounds_batch = std::get<2>(bounds);
     intptr_t slopes, rows, keys, own;
@@ -76,18 +78,19 @@ Attention attention(int type, const Sizes& sizes, const Strided& q, const Stride
 // A function of Python for an operation that makes a state.
 template <void (*Kernels::*OPERATION)(const Forward&)>
 void forward(const std::string& isa, int type, const Sizes& sizes, const Strided& q, const Strided& k,
-             const Strided& v, const Bounds& bounds, const Scores& scores, int threads, intptr_t out, intptr_t lse) {
+             const Strided& v, const Storage& storage, const Bounds& bounds, const Scores& scores, int threads,
+             intptr_t out, intptr_t lse) {
     const Kernels& kernels = kernels_of(isa);
-    Forward a{attention(type, sizes, q, k, v, bounds, scores, threads), pointer<void>(out), pointer<void>(lse)};
+    Forward a{attention(type, sizes, q, k, v, storage, bounds, scores, threads), pointer<void>(out), pointer<void>(lse)};
     nb::gil_scoped_release release;
     (kernels.*OPERATION)(a);
 }
 
 void backward(const std::string& isa, int type, const Sizes& sizes, const Strided& q, const Strided& k,
-              const Strided& v, const Bounds& bounds, const Scores& scores, int threads, const Gradient& given,
-              const Gradient& found) {
+              const Strided& v, const Storage& storage, const Bounds& bounds, const Scores& scores, int threads,
+              const Gradient& given, const Gradient& found) {
     const Kernels& kernels = kernels_of(isa);
-    Backward a{attention(type, sizes, q, k, v, bounds, scores, threads)};
+    Backward a{attention(type, sizes, q, k, v, storage, bounds, scores, threads)};
     auto [d_out, lse, delta] = given;
     auto [d_q, d_k, d_v] = found;
     a.d_out = pointer<const void>(d_out), a.lse = pointer<const void>(lse), a.delta = pointer<const void>(delta);

@@ -274,6 +274,7 @@ void prefill(const Forward& a) {
         case Type::bfloat16: return run<bfloat16>(a);
         case Type::float16: return run<float16>(a);
         case Type::float64: return run<double>(a);
+        case Type::int8: return;  // is decode's
     }
 }
 

@@ -57,6 +57,9 @@ template <typename T, int STEP = lanes<T> / 2> __attribute__((always_inline)) in
     return v[0];
 }
 
+// What queries are beside keys and values of type E.
+template <typename E> using QueryOf = std::conditional_t<std::is_same_v<E, int8_t>, float, E>;
+
 template <typename E> class RowsOfChunk {
     typedef decltype(element(E{})) T;
     typedef StepOf<E> Step;
@@ -98,11 +101,12 @@ private:
     Seen* sees;
     const States<T>* states = nullptr;
     int64_t number = 0;
+    alignas(64) float k_scales[BLOCK] = {}, v_scales[BLOCK] = {};  // of a block of int8
 
     void pack_queries() {
         const int sign = query_factor<T>(a) < 0 ? -1 : 1;
         for (int64_t g = 0; g < group; g++) {
-            const E* from = row_of<E>(a.q, sequence, kv_head * group + g, 0);
+            const auto* from = row_of<QueryOf<E>>(a.q, sequence, kv_head * group + g, 0);
             Q* to = q + g * a.q_len * q_width;
             if constexpr (std::is_same_v<Q, Pair>) pack_rows(from, a.q.row, a.q_len, a.head_dim, sign, to, q_width);
             else pack_rows(from, a.q.row, a.q_len, a.head_dim, T(sign), to, q_width);
@@ -118,6 +122,10 @@ private:
                 default: products<1>(r, key, size);
             }
         }
+        if constexpr (std::is_same_v<E, int8_t>) {
+            take_scales(a.k_scales, key, size, k_scales);
+            take_scales(a.v_scales, key, size, v_scales);
+        }
         bool all = true;
         for (int64_t r = 0; r < rows; r++) {
             Seen visible{std::max(sees[r].begin - key, int64_t(0)), std::min(sees[r].end - key, size)};
@@ -126,6 +134,10 @@ private:
         }
         if (all) add_values(key, size);
         else add_seen_values(key, size);
+    }
+
+    void take_scales(const Tensor& of, int64_t key, int64_t size, float* to) const {
+        std::memcpy(to, row_of<float>(of, sequence, kv_head, key), size * sizeof(float));
     }
 
     // Asks for the bytes [from, to) of the row that is read AHEAD keys later, if the chunk's sequence goes so far.
@@ -174,6 +186,8 @@ private:
     void weigh(int64_t r, int64_t key, int64_t size, Seen visible) {
         T *s = scores + r * BLOCK, scale = product_factor<T>(a), &top = states->top(number, r);
         const int64_t steps = padded(size, n);
+        if constexpr (std::is_same_v<E, int8_t>)
+            for (int64_t j = 0; j < steps; j += n) store_vector(s + j, load(s + j) * load(k_scales + j));
         if (!is_plain(a)) {
             for (int64_t j = 0; j < steps; j += n) store_vector(s + j, load(s + j) * scale);
             finish_scores(a, sequence, kv_head * group + r / a.q_len, r % a.q_len, key, size, s);
@@ -189,6 +203,7 @@ private:
         for (int64_t j = 0; j < steps; j += n) {
             Vector<T> weights = exp2(load(s + j) * scale - now);
             sums += weights;
+            if constexpr (std::is_same_v<E, int8_t>) weights *= load(v_scales + j);
             store_vector(s + j, weights);
         }
         states->total(number, r) += sum_of<T>(sums);

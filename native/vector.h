@@ -43,6 +43,7 @@ template <typename V> inline void store_vector(void* p, V v) { std::memcpy(p, &v
 // One element, and a vector of elements, in the type that is computed in.
 inline float element(float x) { return x; }
 inline double element(double x) { return x; }
+inline float element(int8_t x) { return float(x); }
 inline float element(bfloat16 x) {
     uint32_t bits = uint32_t(x.bits) << 16;
     float f;
@@ -63,6 +64,10 @@ inline float element(float16 x) {
 
 inline Vector<float> load(const float* p) { return load_vector<Vector<float>>(p); }
 inline Vector<double> load(const double* p) { return load_vector<Vector<double>>(p); }
+inline Vector<float> load(const int8_t* p) {
+    typedef int8_t Bytes __attribute__((vector_size(VECTOR_BYTES / 4)));
+    return __builtin_convertvector(load_vector<Bytes>(p), Vector<float>);
+}
 inline Vector<float> load(const bfloat16* p) {
     typedef uint16_t Half __attribute__((vector_size(VECTOR_BYTES / 2)));
     typedef uint32_t Word __attribute__((vector_size(VECTOR_BYTES)));

@@ -16,17 +16,26 @@ from .tolerances import assert_close
 
 BATCH, Q_HEADS, KV_HEADS, HEAD_DIM, V_DIM = 2, 6, 2, 5, 7
 ranks = pytest.mark.parametrize("size", [1, 2, 3, 5])
+any_kind = pytest.mark.parametrize("quantize", [None, "int8"])
 
 
 def tokens(count: int, seed: int = 0, batch: int = BATCH) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, and keys and values that int8 holds exactly, so that any cache gives them back."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(Q_HEADS, HEAD_DIM), (KV_HEADS, HEAD_DIM), (KV_HEADS, V_DIM)]
-    q, k, v = (torch.randn(batch, heads, count, dim, generator=generator) for heads, dim in shapes)
+    q = torch.randn(batch, Q_HEADS, count, HEAD_DIM, generator=generator)
+    k, v = (whole_numbers(generator, batch, KV_HEADS, count, dim) for dim in (HEAD_DIM, V_DIM))
     return q, k, v
 
 
-def new_cache(comm: Communicator, layers: int = 1) -> KVCache:
-    return KVCache(comm=comm, layers=layers, kv_heads=KV_HEADS, head_dim=HEAD_DIM, v_dim=V_DIM)
+def whole_numbers(generator: torch.Generator, *shape: int) -> Tensor:
+    """Rows of whole numbers up to 127, one of which that is, times a power of two."""
+    numbers = torch.randint(-127, 128, shape, generator=generator).float()
+    numbers[..., 0] = 127
+    return numbers * 2.0 ** torch.randint(-7, -5, (*shape[:3], 1), generator=generator)
+
+
+def new_cache(comm: Communicator, layers: int = 1, quantize: str | None = None) -> KVCache:
+    return KVCache(comm=comm, layers=layers, kv_heads=KV_HEADS, head_dim=HEAD_DIM, v_dim=V_DIM, quantize=quantize)
 
 
 def expect(
@@ -37,9 +46,9 @@ def expect(
     assert_close(found, dense.attention(q, k, v, seen)[0][:, :, rows], 2e-6)
 
 
-def prefill_then_decode(comm: Communicator, layout: str) -> None:
+def prefill_then_decode(comm: Communicator, layout: str, quantize: str | None) -> None:
     q, k, v = tokens(41)
-    cache, prompt, chunk = new_cache(comm), 23, 31
+    cache, prompt, chunk = new_cache(comm, quantize=quantize), 23, 31
     kind = Layout.weighted([1 + rank for rank in range(comm.size)]) if layout == "weighted" else layout
     for start, end in ((0, prompt), (prompt, chunk)):  # prefill in two chunks
         part = [shard(x[:, :, start:end], comm=comm, layout=kind) for x in (q, k, v)]
@@ -60,14 +69,15 @@ def as_positions(layout: str | Layout, length: int, comm: Communicator) -> Tenso
 
 
 @ranks
+@any_kind
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "weighted"])
-def test_prefill_in_chunks_then_decode(size: int, layout: str) -> None:
-    launch(prefill_then_decode, ranks=size, transport="threads", args=(layout,))
+def test_prefill_in_chunks_then_decode(size: int, layout: str, quantize: str | None) -> None:
+    launch(prefill_then_decode, ranks=size, transport="threads", args=(layout, quantize))
 
 
-def sequences_of_different_lengths(comm: Communicator, strategy: str) -> None:
+def sequences_of_different_lengths(comm: Communicator, strategy: str, quantize: str | None) -> None:
     q, k, v = tokens(30)
-    cache = new_cache(comm)
+    cache = new_cache(comm, quantize=quantize)
     cache.append(0, k[:, :, :9], v[:, :, :9], lengths=[9, 4])  # sequence 1 has 4 valid tokens
     cache.append(0, k[:, :, 9:12], v[:, :, 9:12], lengths=[1, 3])
     cache.append(0, k[:, :, 12:13], v[:, :, 12:13])
@@ -84,14 +94,15 @@ def sequences_of_different_lengths(comm: Communicator, strategy: str) -> None:
 
 
 @ranks
+@any_kind
 @pytest.mark.parametrize("strategy", ["all_reduce", "all_gather", "ring"])
-def test_sequences_advance_separately(size: int, strategy: str) -> None:
-    launch(sequences_of_different_lengths, ranks=size, transport="threads", args=(strategy,))
+def test_sequences_advance_separately(size: int, strategy: str, quantize: str | None) -> None:
+    launch(sequences_of_different_lengths, ranks=size, transport="threads", args=(strategy, quantize))
 
 
-def crop_reorder_reset(comm: Communicator) -> None:
+def crop_reorder_reset(comm: Communicator, quantize: str | None) -> None:
     q, k, v = tokens(40)
-    cache = new_cache(comm)
+    cache = new_cache(comm, quantize=quantize)
     cache.append(0, *(shard(x[:, :, :20], comm=comm, layout="zigzag") for x in (k, v)), layout="zigzag")
     cache.crop(13)
     assert len(cache) == 13
@@ -110,12 +121,13 @@ def crop_reorder_reset(comm: Communicator) -> None:
 
 
 @ranks
-def test_crop_reorder_and_reset(size: int) -> None:
-    launch(crop_reorder_reset, ranks=size, transport="threads")
+@any_kind
+def test_crop_reorder_and_reset(size: int, quantize: str | None) -> None:
+    launch(crop_reorder_reset, ranks=size, transport="threads", args=(quantize,))
 
 
-def held_bytes(comm: Communicator) -> int:
-    cache = new_cache(comm, layers=3)
+def held_bytes(comm: Communicator, quantize: str | None) -> int:
+    cache = new_cache(comm, layers=3, quantize=quantize)
     _, k, v = tokens(4000)
     for layer in range(3):
         cache.append(layer, *(shard(x, comm=comm, layout="zigzag") for x in (k, v)), layout="zigzag")
@@ -125,10 +137,13 @@ def held_bytes(comm: Communicator) -> int:
     return cache.bytes_held
 
 
-def test_memory_falls_as_one_over_the_ranks() -> None:
-    whole = 3 * BATCH * KV_HEADS * 4070 * (HEAD_DIM + V_DIM) * 4
+@any_kind
+def test_memory_falls_as_one_over_the_ranks(quantize: str | None) -> None:
+    whole = (
+        3 * BATCH * KV_HEADS * 4070 * (4 * (HEAD_DIM + V_DIM) if quantize is None else HEAD_DIM + V_DIM + 2 * 4)
+    )
     for size in (1, 2, 4):
-        for held in launch(held_bytes, ranks=size, transport="threads"):
+        for held in launch(held_bytes, ranks=size, transport="threads", args=(quantize,)):
             assert whole / size * 0.999 <= held <= whole / size * 1.05
 
 

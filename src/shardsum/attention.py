@@ -15,9 +15,11 @@ from torch.autograd.function import once_differentiable
 from .arguments import Arguments, Indices, Window
 from .collectives import Collective, as_collective
 from .comm import Communicator, agree, agree_on, as_communicator
+from .errors import Unsupported
 from .kernels import Kernel, OutputGradient, as_kernel
 from .layouts import Layout, Placement, as_layout
 from .problem import Problem, state_dtype
+from .quantized import Quantized
 from .scores import Scores
 from .state import AttentionState, merge
 from .strategies import Call, Strategy, as_strategy, choose
@@ -140,16 +142,20 @@ def attend(
     arguments: Arguments,
     keys: Placement | None = None,
     name: str = "attention",
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> AttentionState:
     """The state of this rank's query rows: what `attention` and `KVCache.attend` have in common.
 
     `keys` says where the keys lie; by default the layout does. `name` is that of the call, alike on every rank.
+    `scales` (batch, kv_heads, kv_len): those of k and of v that are int8; keys that travel do so in q's dtype.
     """
     inputs = [x for x in (q, k, v, arguments.sinks, arguments.bias, arguments.scale) if isinstance(x, Tensor)]
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
     def describe() -> dict[str, Any]:
-        problem = Problem.of(q, k, v)
+        problem = Problem.of(q, k, v, quantized=scales is not None)
+        if differentiable and scales is not None:
+            raise Unsupported("int8 keys have no gradients. Call under torch.no_grad(), or with quantize=None.")
         sizes = {name: getattr(problem, name) for name in ("batch", "q_heads", "kv_heads", "head_dim", "v_dim")}
         described = arguments.describe(problem)
         device = q.device.type
@@ -160,12 +166,18 @@ def attend(
             "device": device,
             "kernel": as_kernel(arguments.kernel, q, v).name,
             "gradients": differentiable,
+            "quantized": scales is not None,
             **described,
         }
 
     lengths = agree_on(comm, describe, q, k)
-    call = _call(comm, q, k, v, arguments, keys, lengths)
-    strategy = as_strategy(arguments.strategy) or choose(call)
+    strategy = as_strategy(arguments.strategy)
+    stay = arguments.q_replicated and (strategy is None or strategy.keys_stay)
+    if scales is not None and not stay:
+        k, v = (Quantized(x, of_x).dequantized(q.dtype) for x, of_x in zip((k, v), scales, strict=True))
+        scales = None
+    call = replace(_call(comm, q, k, v, arguments, keys, lengths), scales=scales)
+    strategy = strategy or choose(call)
     if differentiable:
         results = _Attend.apply(call.q, k, v, arguments.sinks, arguments.bias, call, strategy)  # type: ignore[no-untyped-call]
         return AttentionState(*results)

@@ -26,7 +26,8 @@ class Problem(NamedTuple):
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> Problem:
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, *, quantized: bool = False) -> Problem:
+        """The sizes of q, k and v; k and v may be int8 if `quantized`."""
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{name} must be a torch tensor: got {type(tensor).__name__}.")
@@ -48,7 +49,8 @@ class Problem(NamedTuple):
         if wrong is not None:
             shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
             raise ValueError(f"{wrong}: got {shapes}.")
-        if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        of_keys = torch.int8 if quantized else q.dtype
+        if not of_keys == k.dtype == v.dtype or q.dtype not in DTYPES:
             raise ValueError(
                 "q, k and v must have one dtype of float64, float32, bfloat16, float16: "
                 f"got {q.dtype}, {k.dtype}, {v.dtype}."

@@ -9,6 +9,7 @@ from torch import Tensor
 from shardsum.kernels.native import NativeKernel
 from shardsum.kernels.operators import DECODE_ROWS, instruction_sets
 from shardsum.scores import Scores
+from shardsum.state import AttentionState
 
 from .. import dense
 from ..tolerances import ROUNDED_WEIGHTS, STATE, assert_close
@@ -32,16 +33,31 @@ def visible(lo: Tensor, hi: Tensor, kv_len: int) -> Tensor:
 def check(
     isa: str, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scores: Scores, **options: object
 ) -> None:
-    state = NativeKernel(isa).forward(q, k, v, lo, hi, scores)
+    many = q.shape[1] // k.shape[1] * q.shape[2] > DECODE_ROWS
+    rounded = many and q.dtype == torch.bfloat16 and isa in ("amx", "avx512_bf16")
+    tolerance = ROUNDED_WEIGHTS if rounded else STATE[q.dtype]
+    check_state(NativeKernel(isa).forward(q, k, v, lo, hi, scores), tolerance, q, k, v, lo, hi, scores, **options)
+
+
+def check_state(
+    state: AttentionState,
+    tolerance: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    scores: Scores,
+    **options: object,
+) -> None:
+    """That a state is the definition's, `tolerance` being that of an out without cancellation."""
     seen = visible(lo, hi, k.shape[2]).expand(q.shape[0], -1, -1)
     out, lse = dense.attention(q, k, v, seen, scores.scale, **options)  # type: ignore[arg-type]
     terms, _ = dense.attention(q, k, v.double().abs(), seen, scores.scale, **options)  # type: ignore[arg-type]
     cancelling = max(1.0, float((terms.norm() / out.norm()).nan_to_num(nan=1.0)))
-    many = q.shape[1] // k.shape[1] * q.shape[2] > DECODE_ROWS
-    rounded = many and q.dtype == torch.bfloat16 and isa in ("amx", "avx512_bf16")
-    assert_close(state.out, out, (ROUNDED_WEIGHTS if rounded else STATE[q.dtype]) * cancelling, f"out on {isa}")
+    assert_close(state.out, out, tolerance * cancelling, "out")
     finite = lse.isfinite()
     assert torch.equal(state.lse[~finite].double(), lse[~finite])
     error = (state.lse - lse)[finite].abs() / lse[finite].abs().clamp(min=1)
-    tolerance = 1e-13 if q.dtype == torch.float64 else 2e-6
-    assert not bool(finite.any()) or float(error.max()) <= tolerance, f"lse on {isa}: {float(error.max()):.2e}"
+    allowed = 1e-13 if q.dtype == torch.float64 else 2e-6
+    assert not bool(finite.any()) or float(error.max()) <= allowed, f"lse: {float(error.max()):.2e}"

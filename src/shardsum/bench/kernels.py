@@ -14,11 +14,13 @@ from ..attention import attention
 from ..comm import connect
 from ..kernels import NativeKernel
 from ..kernels.limits import flops_per_second, read_bytes_per_second
+from ..quantized import Quantized
 from ..scores import Scores
 from .timing import alternate, machine, ratio
 
 Sides = dict[str, Callable[[], object]]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of the tensors; int8 stands for keys and values quantized from these.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ WORK = [
         Work("decode", dtype, 1, 32, 8, 128, 131072, False, {"aten folded": folded, "F.sdpa": sdpa})
         for dtype, folded, sdpa in (("bfloat16", 5, 40), ("float32", 2.4, 7), ("float16", 15, 50))
     ),
+    Work("decode", "int8", 1, 32, 8, 128, 131072, False, {"native bfloat16": 1.7}),
     Work("decode", "bfloat16", 8, 16, 4, 64, 16384, False, {"aten folded": 7}),
     *(
         Work("prefill", dtype, 1, 8, 8, 64, 8192, causal, {"F.sdpa": target})
@@ -108,7 +111,8 @@ def measure(work: Work, repetitions: int) -> dict[str, Any]:
 
 
 def _kv_bytes(work: Work) -> int:
-    return 2 * work.batch * work.kv_heads * work.length * work.head_dim * DTYPES[work.dtype].itemsize
+    row_bytes = work.head_dim + 4 if work.dtype == "int8" else work.head_dim * DTYPES[work.dtype].itemsize
+    return 2 * work.batch * work.kv_heads * work.length * row_bytes
 
 
 def _sides(work: Work) -> Sides:
@@ -127,6 +131,12 @@ def _sides(work: Work) -> Sides:
     hi = torch.arange(1, rows + 1).unsqueeze(0) if work.causal else torch.full((1, rows), work.length)
     scores, lo = Scores(work.head_dim**-0.5), torch.zeros(1, rows, dtype=torch.int64)
     kernel = NativeKernel()
+    if work.dtype == "int8":
+        held = Quantized.of(k), Quantized.of(v)
+        return {
+            "native": lambda: kernel.forward_quantized(q, *held, lo, hi, scores),
+            "native bfloat16": lambda: kernel.forward(q, k, v, lo, hi, scores),
+        }
     sides: Sides = {"native": lambda: kernel.forward(q, k, v, lo, hi, scores)}
     if work.what == "decode":
         folded = q.view(work.batch, work.kv_heads, -1, work.head_dim)

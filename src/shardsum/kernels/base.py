@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..quantized import Quantized
 from ..scores import Scores
 from ..state import AttentionState
 
@@ -54,6 +55,12 @@ class Kernel(ABC):
         Numerics: out and lse are float32, or float64 for float64 inputs. A row that sees nothing gives
         (0, -inf). What a key outside a row's interval holds, NaN and Inf included, does not reach that row.
         """
+
+    def forward_quantized(
+        self, q: Queries, k: Quantized, v: Quantized, lo: Bounds, hi: Bounds, scores: Scores
+    ) -> AttentionState:
+        """The same over int8 keys and values; a kernel that can't read these is given copies in q's dtype."""
+        return self.forward(q, k.dequantized(q.dtype), v.dequantized(q.dtype), lo, hi, scores)
 
     @abstractmethod
     def backward(

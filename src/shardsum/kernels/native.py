@@ -9,10 +9,18 @@ from torch import Tensor
 
 from ..errors import Unsupported
 from ..problem import state_dtype
+from ..quantized import Quantized
 from ..scores import Scores
 from ..state import AttentionState
 from .base import Bounds, Gradients, Kernel, Keys, OutputGradient, Queries, Values
-from .operators import attention_backward, attention_forward, instruction_sets, why_not_native
+from .operators import (
+    attention_backward,
+    attention_forward,
+    few_rows,
+    instruction_sets,
+    quantized_forward,
+    why_not_native,
+)
 from .reference import EagerKernel
 
 
@@ -40,6 +48,16 @@ class NativeKernel(Kernel):
             return EagerKernel().forward(q, k, v, lo, hi, scores)
         return AttentionState(*attention_forward(*self._arguments(q, k, v, lo, hi, scores)))
 
+    def forward_quantized(
+        self, q: Queries, k: Quantized, v: Quantized, lo: Bounds, hi: Bounds, scores: Scores
+    ) -> AttentionState:
+        if scores.bias is not None or q.dtype == torch.float64 or not few_rows(q, k.numbers):
+            return super().forward_quantized(q, k, v, lo, hi, scores)
+        options = self._options(scores)
+        return AttentionState(
+            *quantized_forward(q.float(), k.numbers, v.numbers, (k.scales, v.scales), lo, hi, *options)
+        )
+
     def backward(
         self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
     ) -> Gradients:
@@ -53,7 +71,10 @@ class NativeKernel(Kernel):
     ) -> tuple[Any, ...]:
         """What both operators take; keys and values in q's dtype (a scale that is a tensor widens it)."""
         k, v = (x if x.dtype == q.dtype else x.to(q.dtype) for x in (k, v))
+        return (q, k, v, lo, hi, *self._options(scores))
+
+    def _options(self, scores: Scores) -> tuple[Any, ...]:
         slopes = scores.alibi_slopes if scores.alibi_slopes is None else scores.alibi_slopes.to(torch.float32)
         indices = (scores.rows, scores.keys, scores.own)
         dropout = (scores.dropout_p, scores.seed, scores.head)
-        return (q, k, v, lo, hi, scores.scale, scores.softcap, slopes, *dropout, *indices, self.instruction_set)
+        return (scores.scale, scores.softcap, slopes, *dropout, *indices, self.instruction_set)

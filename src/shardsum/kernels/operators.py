@@ -30,10 +30,11 @@ from torch.library import Library, register_autograd, register_fake
 from ..errors import Unsupported
 from ..problem import Problem, state_dtype
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int8: 4}
 LARGEST_DIM = 512
 # Up to so many rows for each KV head, decode is faster than prefill.
 DECODE_ROWS = 16
+_NO_SCALES = ((0, 0, 0, 0),) * 2
 
 
 @functools.cache
@@ -90,9 +91,28 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, *options: 
     if not (out.numel() and problem.kv_len):
         return out.zero_(), lse.fill_(-math.inf)
     call, kept_alive = _call(problem, q, k, v, lo, hi, given)
-    few = problem.q_heads // problem.kv_heads * problem.q_len <= DECODE_ROWS
-    operation = native_module().decode if few else native_module().prefill
+    operation = native_module().decode if few_rows(q, k) else native_module().prefill
     operation(*call, out.data_ptr(), lse.data_ptr())
+    del kept_alive
+    return out, lse
+
+
+def few_rows(q: Tensor, k: Tensor) -> bool:
+    """Whether decode takes these queries."""
+    return q.shape[1] // k.shape[1] * q.shape[2] <= DECODE_ROWS
+
+
+def quantized_forward(
+    q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor], lo: Tensor, hi: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """`attention_forward` of few float32 rows over int8 k and v, `scales` (batch, kv_heads, kv_len) of each."""
+    given = _Options(*options)
+    problem = _check(q, k, v, lo, hi, given, quantized=True)
+    out, lse = _empty_state(q, problem)
+    if not (out.numel() and problem.kv_len):
+        return out.zero_(), lse.fill_(-math.inf)
+    call, kept_alive = _call(problem, q, k, v, lo, hi, given, scales)
+    native_module().decode(*call, out.data_ptr(), lse.data_ptr())
     del kept_alive
     return out, lse
 
@@ -148,9 +168,11 @@ def _backward_shapes(
     return tuple(x.new_empty(x.shape, dtype=state_dtype(x.dtype)) for x in (q, k, v))
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, given: _Options) -> Problem:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, given: _Options, *, quantized: bool = False
+) -> Problem:
     """The sizes, once everything is what the C++ takes it to be."""
-    problem = Problem.of(q, k, v)
+    problem = Problem.of(q, k, v, quantized=quantized)
     wrong = why_not_native(q, v)
     if wrong is not None:
         raise Unsupported(f"{wrong} Use kernel='aten'.")
@@ -194,7 +216,14 @@ def _check_tensor(name: str, x: Tensor, q: Tensor, dtype: torch.dtype, *shapes: 
 
 
 def _call(
-    problem: Problem, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, given: _Options
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    given: _Options,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[tuple[Any, ...], list[Tensor]]:
     """What all operations are told, as native/module.cpp takes it apart, and the tensors that it points to."""
     if lo.shape != hi.shape:
@@ -212,7 +241,11 @@ def _call(
     def per_sequence(x: Tensor | None) -> int:
         return 0 if x is None or x.shape[0] == 1 else problem.q_len
 
+    rows = [] if scales is None else [x if x.stride(2) == 1 else x.contiguous() for x in scales]
+    alive += rows
     tensors = [(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)) for x in (q, k, v)]
+    # A scale of each row, in a row.
+    storage = tuple((x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)) for x in rows) or _NO_SCALES
     described = (
         given.scale,
         given.softcap or 0.0,
@@ -227,7 +260,16 @@ def _call(
     )
     bounds = (lo.data_ptr(), hi.data_ptr(), per_sequence(lo))
     isa = given.instruction_set or instruction_sets()[0]
-    return (isa, _TYPES[q.dtype], problem[:7], *tensors, bounds, described, torch.get_num_threads()), alive
+    return (
+        isa,
+        _TYPES[k.dtype],
+        problem[:7],
+        *tensors,
+        storage,
+        bounds,
+        described,
+        torch.get_num_threads(),
+    ), alive
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -22,6 +22,7 @@ class AllReduce(Strategy):
     """
 
     name = "all_reduce"
+    keys_stay = True
 
     def forward(self, call: Call) -> AttentionState:
         comm = call.comm

@@ -17,6 +17,7 @@ from ..kernels import Gradients, Kernel, OutputGradient
 from ..layouts import Placement
 from ..masks import Mask, localize
 from ..problem import state_dtype
+from ..quantized import Quantized
 from ..scores import Scores
 from ..state import AttentionState, merge
 from .circulation import Route
@@ -43,6 +44,8 @@ class Call:
     scores: Scores
     q_replicated: bool
     collective: Collective = field(default_factory=Auto)
+    # Of k and v that are int8: only where they stay on their rank.
+    scales: tuple[Tensor, Tensor] | None = None
     # What was found out about the mask, which every strategy asks several times.
     _intervals_of: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     _runs_of: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -64,7 +67,7 @@ class Call:
         Warns: NonFiniteWarning, naming the rank whose keys gave NaN or Inf.
         """
         scores, intervals = self._local(rows_of, keys_of, rows, keys)
-        states = [self.kernel.forward(q, k, v, lo, hi, scores) for lo, hi in intervals]
+        states = [self._forward(q, k, v, lo, hi, scores) for lo, hi in intervals]
         state = functools.reduce(merge, states)
         if not state.is_finite():
             bad = state.lse.isnan() | (state.lse == torch.inf) | ~state.out.isfinite().all(dim=-1)
@@ -77,6 +80,12 @@ class Call:
                 stacklevel=2,
             )
         return state
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scores: Scores) -> AttentionState:
+        if self.scales is None:
+            return self.kernel.forward(q, k, v, lo, hi, scores)
+        held = [Quantized(x, scales) for x, scales in zip((k, v), self.scales, strict=True)]
+        return self.kernel.forward_quantized(q, held[0], held[1], lo, hi, scores)
 
     def partial_backward(
         self,
@@ -210,6 +219,8 @@ class Strategy(ABC):
     name: str
     # Whether query rows stay on their rank, so that an additive bias, which only that rank has, can be used.
     rows_stay: bool = False
+    # Whether replicated queries find keys where they are, so that these may be int8.
+    keys_stay: bool = False
 
     @abstractmethod
     def forward(self, call: Call) -> AttentionState:
