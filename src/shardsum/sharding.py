@@ -89,7 +89,7 @@ def weighted_sum(
     agree_on(comm, describe, weights, values, -1)
     dtype = state_dtype(values.dtype)
     partial = _sum_of_weighted(weights.to(dtype), values.to(dtype))
-    total: Tensor = SumOverRanks.apply(partial, comm, as_collective(collective))  # type: ignore[no-untyped-call]
+    total = sum_over_ranks(partial, comm, as_collective(collective))
     return total.to(values.dtype)
 
 
@@ -127,8 +127,14 @@ def global_value(
     if kind == "max":
         flat = torch.cat([flat.detach().double(), flat.new_tensor([-torch.inf], dtype=torch.float64)])
         return reduce_over_ranks(comm, flat.amax(), by, MAXIMUM).to(state_dtype(values.dtype))
-    total: Tensor = SumOverRanks.apply(flat.sum(dtype=torch.float64), comm, by)  # type: ignore[no-untyped-call]
+    total = sum_over_ranks(flat.sum(dtype=torch.float64), comm, by)
     return (total / sum(counts) if kind == "mean" else total).to(state_dtype(values.dtype))
+
+
+def sum_over_ranks(part: Tensor, comm: Communicator, collective: Collective) -> Tensor:
+    """The sum of every rank's part; differentiable: it is the same on every rank and counts once."""
+    total: Tensor = _SumOverRanks.apply(part, comm, collective)  # type: ignore[no-untyped-call]
+    return total
 
 
 def check_weighted(weights: Tensor, values: Tensor) -> None:
@@ -192,7 +198,7 @@ class _Unshard(torch.autograd.Function):
         return gradient.index_select(ctx.dim, ctx.own.to(gradient.device)), None, None, None
 
 
-class SumOverRanks(torch.autograd.Function):
+class _SumOverRanks(torch.autograd.Function):
     """The sum is the same on every rank and counts once, so each part receives its gradient as it is."""
 
     @staticmethod

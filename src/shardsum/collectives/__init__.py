@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..errors import Unsupported
 from .all_gather import GatherAll
 from .auto import Auto
-from .base import Collective
+from .base import Collective, slices
 from .bound import least_bytes, least_messages, least_rounds
 from .exchange import KaryExchange, RecursiveDoubling
 from .operations import MAXIMUM, MERGE, SUM, Operation, combine_all, pack, unpack
@@ -49,6 +49,7 @@ __all__ = [
     "pack",
     "reduce_over_ranks",
     "reduce_scatter_states",
+    "slices",
     "sum_scatter",
     "unpack",
 ]

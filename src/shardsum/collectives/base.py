@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 
 from torch import Tensor
@@ -48,6 +49,17 @@ class Collective(ABC):
     def _traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic: ...
 
 
-def cut(rows: int, parts: int) -> list[int]:
-    """The edges of so many parts of the rows, as even as they can be."""
-    return [rows * part // parts for part in range(parts + 1)]
+def slices(rows: int, parts: int) -> list[slice]:
+    """So many parts of the rows, as even as they can be."""
+    edges = [rows * part // parts for part in range(parts + 1)]
+    return [slice(*ends) for ends in itertools.pairwise(edges)]
+
+
+def depth(size: int) -> int:
+    """How often so many ranks are halved until each is alone."""
+    return (size - 1).bit_length()
+
+
+def distances(size: int) -> list[int]:
+    """The powers of two below `size`, the largest first."""
+    return [1 << level for level in reversed(range(depth(size)))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..comm import Communicator, Traffic
-from .base import Collective
+from .base import Collective, depth, distances
 from .fold import Fold
 from .operations import Operation
 
@@ -25,7 +25,7 @@ class Rabenseifner(Collective):
         fold.enter(comm, rows, operation)
         if fold.index is not None:
             self._halve(comm, fold, rows, operation, ranks)
-            for distance in _distances(ranks)[::-1]:
+            for distance in distances(ranks)[::-1]:
                 peer = fold.rank_of(fold.index ^ distance)
                 own = _held(rows, ranks, fold.index, distance)
                 theirs = _held(rows, ranks, fold.index ^ distance, distance)
@@ -35,7 +35,7 @@ class Rabenseifner(Collective):
     def _halve(self, comm: Communicator, fold: Fold, rows: Tensor, operation: Operation, ranks: int) -> None:
         assert fold.index is not None
         _, (spare,) = comm.scratch(rows)
-        for distance in _distances(ranks):
+        for distance in distances(ranks):
             peer = fold.rank_of(fold.index ^ distance)
             own = _held(rows, ranks, fold.index, distance)
             theirs = spare[: len(own)]
@@ -47,7 +47,7 @@ class Rabenseifner(Collective):
         ranks = _power_of_two(comm.size)
         fold = Fold.of(comm.rank, comm.size, ranks)
         total = fold.traffic(rows * row_bytes)
-        for distance in _distances(ranks) if fold.index is not None else []:
+        for distance in distances(ranks) if fold.index is not None else []:
             assert fold.index is not None
             for index in (fold.index ^ distance, fold.index):
                 start, end = _range(rows, ranks, index, distance)
@@ -56,16 +56,11 @@ class Rabenseifner(Collective):
 
     def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
         ranks = _power_of_two(comm.size)
-        return 2 * len(_distances(ranks)) + Fold.of(comm.rank, comm.size, ranks).rounds
+        return 2 * depth(ranks) + Fold.of(comm.rank, comm.size, ranks).rounds
 
 
 def _power_of_two(size: int) -> int:
     return 1 << (size.bit_length() - 1)
-
-
-def _distances(ranks: int) -> list[int]:
-    """From half of the ranks down to 1."""
-    return [1 << level for level in reversed(range(ranks.bit_length() - 1))]
 
 
 def _range(rows: int, ranks: int, index: int, distance: int) -> tuple[int, int]:

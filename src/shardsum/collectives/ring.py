@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..comm import Communicator, Traffic
-from .base import Collective, cut
+from .base import Collective, slices
 from .operations import Operation
 
 
@@ -18,8 +18,8 @@ class RingReduce(Collective):
     name = "ring"
 
     def _all_reduce(self, comm: Communicator, rows: Tensor, operation: Operation) -> None:
-        size, edges = comm.size, cut(len(rows), comm.size)
-        blocks = [rows[edges[i] : edges[i + 1]] for i in range(size)]
+        size = comm.size
+        blocks = [rows[part] for part in slices(len(rows), size)]
         longest = max(blocks, key=len)
         _, (spare,) = comm.scratch(longest)
         to, source = (comm.rank + 1) % size, (comm.rank - 1) % size
@@ -33,10 +33,9 @@ class RingReduce(Collective):
             comm.start((sent, to, own, source))()
 
     def _traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic:
-        edges = cut(rows, comm.size)
         # A rank never sends the block that it completes, nor hands on the last one that it receives.
         kept = [(comm.rank + 1) % comm.size, (comm.rank + 2) % comm.size]
-        lengths = [edges[i + 1] - edges[i] for i in range(comm.size)]
+        lengths = [part.stop - part.start for part in slices(rows, comm.size)]
         sent = 2 * rows - sum(lengths[i] for i in kept)
         messages = 2 * sum(map(bool, lengths)) - sum(bool(lengths[i]) for i in kept)
         return Traffic(sent * row_bytes, messages, messages)

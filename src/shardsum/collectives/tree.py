@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..comm import NOTHING, Communicator, Traffic
-from .base import Collective
+from .base import Collective, depth, distances
 from .operations import Operation
 
 
@@ -26,7 +26,7 @@ class BinomialTree(Collective):
         return tree_traffic(comm, rows * row_bytes)
 
     def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
-        return 2 * tree_depth(comm.size)
+        return 2 * depth(comm.size)
 
 
 def reduce_to_first(comm: Communicator, rows: Tensor, operation: Operation) -> None:
@@ -45,7 +45,7 @@ def reduce_to_first(comm: Communicator, rows: Tensor, operation: Operation) -> N
 
 def broadcast_from_first(comm: Communicator, rows: Tensor) -> None:
     """Replace all ranks' rows by those of rank 0."""
-    for distance in _distances(comm.size):
+    for distance in distances(comm.size):
         if comm.rank % (2 * distance) == distance:
             comm.start((NOTHING, comm.rank - distance, rows, comm.rank - distance))()
         elif comm.rank % (2 * distance) == 0 and comm.rank + distance < comm.size:
@@ -56,17 +56,8 @@ def tree_traffic(comm: Communicator, rows_bytes: int) -> Traffic:
     """What this rank sends in both: its partial result unless it is the first, and the result to its children."""
     children = sum(
         1
-        for distance in _distances(comm.size)
+        for distance in distances(comm.size)
         if comm.rank % (2 * distance) == 0 and comm.rank + distance < comm.size
     )
     messages = children + (comm.rank > 0)
     return Traffic(rows_bytes * messages, messages, messages)
-
-
-def tree_depth(size: int) -> int:
-    """Rounds up, or down."""
-    return (size - 1).bit_length()
-
-
-def _distances(size: int) -> list[int]:
-    return [1 << level for level in reversed(range(tree_depth(size)))]

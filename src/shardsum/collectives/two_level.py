@@ -6,11 +6,11 @@ from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
-from ..comm import Communicator, GroupCommunicator, SingleCommunicator, Traffic
-from .base import Collective
+from ..comm import Communicator, Traffic, subgroup
+from .base import Collective, depth
 from .exchange import RecursiveDoubling
 from .operations import Operation
-from .tree import broadcast_from_first, reduce_to_first, tree_depth, tree_traffic
+from .tree import broadcast_from_first, reduce_to_first, tree_traffic
 
 
 class TwoLevel(Collective):
@@ -44,14 +44,12 @@ class TwoLevel(Collective):
     def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
         members = self._members(comm)
         largest = max(map(len, members))
-        leaders = _group(comm, [comm.rank, *range(len(members) - 1)])
-        return 2 * tree_depth(largest) + (
-            self._between.rounds(leaders, rows, row_bytes) if len(members) > 1 else 0
-        )
+        leaders = subgroup(comm, [comm.rank, *range(len(members) - 1)])
+        return 2 * depth(largest) + (self._between.rounds(leaders, rows, row_bytes) if len(members) > 1 else 0)
 
     def messages_at_once(self, comm: Communicator) -> int:
         count = len(self._members(comm))
-        leaders = _group(comm, [comm.rank, *range(count - 1)])
+        leaders = subgroup(comm, [comm.rank, *range(count - 1)])
         return max(1, self._between.messages_at_once(leaders)) if count > 1 else 1
 
     def _members(self, comm: Communicator) -> list[list[int]]:
@@ -68,9 +66,5 @@ class TwoLevel(Collective):
         """The ranks of this rank's node, and for the first of these the first ranks of all nodes."""
         members = self._members(comm)
         own = next(ranks for ranks in members if comm.rank in ranks)
-        between = _group(comm, [ranks[0] for ranks in members]) if comm.rank == own[0] else None
-        return _group(comm, own), between
-
-
-def _group(comm: Communicator, members: list[int]) -> Communicator:
-    return SingleCommunicator() if len(members) == 1 else GroupCommunicator(comm, members)
+        between = subgroup(comm, [ranks[0] for ranks in members]) if comm.rank == own[0] else None
+        return subgroup(comm, own), between

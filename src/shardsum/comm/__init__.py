@@ -3,14 +3,13 @@
 from .agreement import agree, agree_on
 from .base import NOTHING, Communicator, Message, Traffic
 from .connect import as_communicator, connect
-from .group import GroupCommunicator
+from .group import subgroup
 from .launch import launch
 from .threads import SingleCommunicator
 
 __all__ = [
     "NOTHING",
     "Communicator",
-    "GroupCommunicator",
     "Message",
     "SingleCommunicator",
     "Traffic",
@@ -19,4 +18,5 @@ __all__ = [
     "as_communicator",
     "connect",
     "launch",
+    "subgroup",
 ]

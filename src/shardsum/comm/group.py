@@ -7,6 +7,14 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from .base import Communicator, as_bytes
+from .threads import SingleCommunicator
+
+
+def subgroup(comm: Communicator, members: Sequence[int]) -> Communicator:
+    """The ranks `members` of `comm`, this one among them, in that order; `comm` itself for all of them."""
+    if len(members) == comm.size:
+        return comm
+    return SingleCommunicator() if len(members) == 1 else GroupCommunicator(comm, members)
 
 
 class GroupCommunicator(Communicator):

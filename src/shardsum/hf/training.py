@@ -24,7 +24,7 @@ from ..errors import Unsupported
 from ..kernels import Kernel
 from ..layouts import Layout, as_layout
 from ..problem import state_dtype
-from ..sharding import SumOverRanks
+from ..sharding import sum_over_ranks
 from ..strategies import Strategy, as_strategy
 from .batch import IGNORED, Batch, BatchMask, Ways, shifted
 from .binding import longest, registered
@@ -142,8 +142,7 @@ class Training(Bound):
         targets = batch.own(shifted(labels)) if len(batch.rows) else labels.new_full(logits.shape[:2], IGNORED)
         logits = logits.to(state_dtype(logits.dtype)).flatten(0, 1)
         total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        loss: Tensor = SumOverRanks.apply(total / divisor, self.comm, as_collective("auto"))  # type: ignore[no-untyped-call]
-        return loss
+        return sum_over_ranks(total / divisor, self.comm, as_collective("auto"))
 
     def sum_gradients(self) -> None:
         """Replace each parameter's gradient by its sum over the ranks: that of the whole loss, on every rank.

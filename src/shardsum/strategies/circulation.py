@@ -145,6 +145,11 @@ def take(x: Tensor, items: Int[Tensor, " items"]) -> Tensor:
     return x.index_select(2, items.to(x.device))
 
 
+def item_bytes(x: Tensor) -> int:
+    """Bytes of one item: of all sequences and heads at one index of dim 2."""
+    return x.shape[0] * x.shape[1] * x.shape[3] * x.element_size()
+
+
 def _reach(wanted: Bool[Tensor, "others items"]) -> tuple[Tensor, Tensor]:
     """Each item's hops (up, down), if the rank i + 1 hops up wants the items `wanted[i]`.
 

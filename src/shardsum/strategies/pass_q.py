@@ -16,7 +16,7 @@ from ..kernels import Gradients, OutputGradient
 from ..state import AttentionState, merge
 from .all_reduce import AllReduce
 from .base import Call, Strategy, pack_gradient, unpack_gradient
-from .circulation import circulate
+from .circulation import circulate, item_bytes
 
 
 class PassQ(Strategy):
@@ -63,14 +63,11 @@ class PassQ(Strategy):
         if call.q_replicated:
             return AllReduce().traffic(call)
         route, rank = call.row_route(), call.comm.rank
-        return route.sent(rank, [_q_bytes(call)]) + route.returned(rank, call.row_bytes(1, call.v.shape[3] + 1))
+        return route.sent(rank, [item_bytes(call.q)]) + route.returned(
+            rank, call.row_bytes(1, call.v.shape[3] + 1)
+        )
 
     def _traffic_backward(self, call: Call) -> Traffic:
         route, rank = call.row_route(), call.comm.rank
-        sent = route.sent(rank, [_q_bytes(call), call.row_bytes(1, call.v.shape[3] + 2)])
+        sent = route.sent(rank, [item_bytes(call.q), call.row_bytes(1, call.v.shape[3] + 2)])
         return sent + route.returned(rank, call.row_bytes(1, call.q.shape[3]))
-
-
-def _q_bytes(call: Call) -> int:
-    """Of one query row."""
-    return call.q.shape[0] * call.q.shape[1] * call.q.shape[3] * call.q.element_size()

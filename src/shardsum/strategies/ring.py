@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..collectives import slices
 from ..comm import Traffic
 from ..kernels import Gradients, OutputGradient
 from ..problem import state_dtype
 from ..state import AttentionState, merge
 from .base import Call, Strategy
-from .circulation import circulate
+from .circulation import circulate, item_bytes
 
 PIECE_BYTES = 1 << 22
 
@@ -96,7 +96,7 @@ class Ring(Strategy):
 
     def _traffic(self, call: Call) -> Traffic:
         sent = [
-            call.key_route().sent(call.comm.rank, [_item_bytes(x[:, heads]) for x in (call.k, call.v)])
+            call.key_route().sent(call.comm.rank, [item_bytes(x[:, heads]) for x in (call.k, call.v)])
             for heads in self._pieces(call)
         ]
         return functools.reduce(Traffic.__add__, sent)
@@ -113,11 +113,4 @@ class Ring(Strategy):
         kv_heads = call.k.shape[1]
         largest = max(call.kv_bytes(len(positions)) for positions in call.keys.positions)
         count = 1 if call.scores.bias is not None else max(1, min(kv_heads, -(-largest // self._piece_bytes)))
-        return [
-            slice(*ends) for ends in itertools.pairwise(kv_heads * piece // count for piece in range(count + 1))
-        ]
-
-
-def _item_bytes(x: Tensor) -> int:
-    """Of one key or value of all heads and sequences."""
-    return x.shape[0] * x.shape[1] * x.shape[3] * x.element_size()
+        return slices(kv_heads, count)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..collectives import pack, unpack
-from ..comm import Communicator, GroupCommunicator, SingleCommunicator, Traffic
+from ..collectives import pack, slices, unpack
+from ..comm import Communicator, Traffic, subgroup
 from ..errors import Unsupported
 from ..kernels import Gradients, OutputGradient
 from ..layouts import Placement
@@ -101,13 +101,12 @@ class _Node:
                 "ring or pass_q, or Hybrid with fewer ranks in a node."
             )
         node, place = divmod(call.comm.rank, ranks)
-        edges = [q_heads * rank // ranks for rank in range(ranks + 1)]
-        heads = [slice(edges[rank], edges[rank + 1]) for rank in range(ranks)]
+        heads = slices(q_heads, ranks)
         queries, all_queries = _by_node(call.queries, ranks, node)
         keys, all_keys = _by_node(call.keys, ranks, node)
         return cls(
-            comm=_group(call.comm, range(node * ranks, (node + 1) * ranks)),
-            between=_group(call.comm, range(place, size, ranks)),
+            comm=subgroup(call.comm, range(node * ranks, (node + 1) * ranks)),
+            between=subgroup(call.comm, range(place, size, ranks)),
             q_heads=heads,
             kv_heads=[slice(own.start // group, -(-own.stop // group)) for own in heads],
             group=group,
@@ -209,12 +208,6 @@ class _Node:
         sent_bytes, others = sent * call.q.shape[0], self.comm.size - 1
         messages, rounds = exchanges * others + between.messages, exchanges * (others > 0) + between.rounds
         return Traffic(sent_bytes + between.sent_bytes, messages, rounds)
-
-
-def _group(comm: Communicator, members: range) -> Communicator:
-    if len(members) == comm.size:
-        return comm
-    return SingleCommunicator() if len(members) == 1 else GroupCommunicator(comm, members)
 
 
 def _by_node(placement: Placement, ranks: int, node: int) -> tuple[Placement, Placement]:
