@@ -176,7 +176,7 @@ def attend(
     if scales is not None and not stay:
         k, v = (Quantized(x, of_x).dequantized(q.dtype) for x, of_x in zip((k, v), scales, strict=True))
         scales = None
-    call = replace(_call(comm, q, k, v, arguments, keys, lengths), scales=scales)
+    call = _call(comm, q, k, v, arguments, keys, lengths, scales)
     strategy = strategy or choose(call)
     if differentiable:
         results = _Attend.apply(call.q, k, v, arguments.sinks, arguments.bias, call, strategy)  # type: ignore[no-untyped-call]
@@ -192,6 +192,7 @@ def _call(
     arguments: Arguments,
     keys: Placement | None,
     lengths: list[tuple[int, int]],
+    scales: tuple[Tensor, Tensor] | None,
 ) -> Call:
     """The call as this rank sees it, once all ranks have agreed. Raises: what every rank raises alike."""
     q_lens, kv_lens = [q_len for q_len, _ in lengths], [kv_len for _, kv_len in lengths]
@@ -218,7 +219,7 @@ def _call(
     )
     kernel = as_kernel(arguments.kernel, q, v)
     collective = as_collective(arguments.collective)
-    return Call(comm, kernel, q, k, v, mask, queries, keys, scores, arguments.q_replicated, collective)
+    return Call(comm, kernel, q, k, v, mask, queries, keys, scores, arguments.q_replicated, collective, scales)
 
 
 def _scaled(q: Tensor, scale: Tensor) -> Tensor:

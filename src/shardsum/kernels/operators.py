@@ -85,16 +85,7 @@ _ARGUMENTS = (
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    given = _Options(*options)
-    problem = _check(q, k, v, lo, hi, given)
-    out, lse = _empty_state(q, problem)
-    if not (out.numel() and problem.kv_len):
-        return out.zero_(), lse.fill_(-math.inf)
-    call, kept_alive = _call(problem, q, k, v, lo, hi, given)
-    operation = native_module().decode if few_rows(q, k) else native_module().prefill
-    operation(*call, out.data_ptr(), lse.data_ptr())
-    del kept_alive
-    return out, lse
+    return _state(q, k, v, None, lo, hi, _Options(*options))
 
 
 def few_rows(q: Tensor, k: Tensor) -> bool:
@@ -106,13 +97,26 @@ def quantized_forward(
     q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor], lo: Tensor, hi: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
     """`attention_forward` of few float32 rows over int8 k and v, `scales` (batch, kv_heads, kv_len) of each."""
-    given = _Options(*options)
-    problem = _check(q, k, v, lo, hi, given, quantized=True)
+    return _state(q, k, v, scales, lo, hi, _Options(*options))
+
+
+def _state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scales: tuple[Tensor, Tensor] | None,
+    lo: Tensor,
+    hi: Tensor,
+    given: _Options,
+) -> tuple[Tensor, Tensor]:
+    problem = _check(q, k, v, lo, hi, given, quantized=scales is not None)
     out, lse = _empty_state(q, problem)
     if not (out.numel() and problem.kv_len):
         return out.zero_(), lse.fill_(-math.inf)
     call, kept_alive = _call(problem, q, k, v, lo, hi, given, scales)
-    native_module().decode(*call, out.data_ptr(), lse.data_ptr())
+    by_decode = scales is not None or few_rows(q, k)  # decode alone reads int8
+    operation = native_module().decode if by_decode else native_module().prefill
+    operation(*call, out.data_ptr(), lse.data_ptr())
     del kept_alive
     return out, lse
 
@@ -243,9 +247,9 @@ def _call(
 
     rows = [] if scales is None else [x if x.stride(2) == 1 else x.contiguous() for x in scales]
     alive += rows
-    tensors = [(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)) for x in (q, k, v)]
-    # A scale of each row, in a row.
-    storage = tuple((x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)) for x in rows) or _NO_SCALES
+    # A scale is a row of one element, so both have strides of three dims.
+    tensors = [(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)) for x in (q, k, v, *rows)]
+    storage = tuple(tensors[3:]) or _NO_SCALES
     described = (
         given.scale,
         given.softcap or 0.0,
@@ -264,7 +268,7 @@ def _call(
         isa,
         _TYPES[k.dtype],
         problem[:7],
-        *tensors,
+        *tensors[:3],
         storage,
         bounds,
         described,
