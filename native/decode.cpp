@@ -82,13 +82,8 @@ template <typename E> void run_decode(const Forward& a) {
 }
 
 void decode(const Forward& a) {
-    switch (a.type) {
-        case Type::float32: return run_decode<float>(a);
-        case Type::bfloat16: return run_decode<bfloat16>(a);
-        case Type::float16: return run_decode<float16>(a);
-        case Type::float64: return run_decode<double>(a);
-        case Type::int8: return run_decode<int8_t>(a);
-    }
+    if (a.type == Type::int8) return run_decode<int8_t>(a);
+    with_element_of(a.type, [&](auto element) { run_decode<decltype(element)>(a); });
 }
 
 }  // namespace SHARDSUM_ISA

@@ -23,6 +23,17 @@ template <typename E> inline const E* row_of(const Tensor& t, int64_t sequence, 
     return static_cast<const E*>(t.data) + sequence * t.batch + head * t.head + row * t.row;
 }
 
+// Runs `operation` with an element of the type, but for int8, which is decode's alone.
+template <typename Operation> void with_element_of(Type type, Operation operation) {
+    switch (type) {
+        case Type::float32: return operation(float());
+        case Type::bfloat16: return operation(bfloat16());
+        case Type::float16: return operation(float16());
+        case Type::float64: return operation(double());
+        case Type::int8: return;
+    }
+}
+
 // `rows` rows of `size` elements, times `factor`; each to[row * width ...], zeros behind.
 template <typename E, typename T>
 inline void pack_rows(const E* from, int64_t stride, int64_t rows, int64_t size, T factor, T* to, int64_t width) {

@@ -53,7 +53,7 @@ template <typename P> void to_panels(const P* rows_from, const Widths<P>& widths
 template <typename P>
 void transpose_elements(const P* from, const Widths<P>& widths, int64_t rows, int64_t dim, P* to, int64_t width) {
     if constexpr (std::is_same_v<P, Pair>) {
-        constexpr int64_t n = lanes<float>, most = 512;
+        constexpr int64_t n = lanes<float>, most = LARGEST_DIM;
         Pair some[n * most];
         for (int64_t i = 0; i < rows; i += 2 * n) {
             const bfloat16* first = reinterpret_cast<const bfloat16*>(from + i * widths.inner);

@@ -269,13 +269,7 @@ template <typename E> void run(const Forward& a) {
 }
 
 void prefill(const Forward& a) {
-    switch (a.type) {
-        case Type::float32: return run<float>(a);
-        case Type::bfloat16: return run<bfloat16>(a);
-        case Type::float16: return run<float16>(a);
-        case Type::float64: return run<double>(a);
-        case Type::int8: return;  // is decode's
-    }
+    with_element_of(a.type, [&](auto element) { run<decltype(element)>(a); });
 }
 
 }  // namespace SHARDSUM_ISA

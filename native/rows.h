@@ -71,11 +71,7 @@ public:
     RowsOfChunk(const Forward& a, int64_t sequence, int64_t kv_head, Scratch& scratch)
         : a(a), sequence(sequence), kv_head(kv_head), group(a.q_heads / a.kv_heads), rows(group * a.q_len),
           q_width(padded(a.head_dim, Step::SIZE) / (std::is_same_v<Q, Pair> ? 2 : 1)) {
-        const int64_t q_bytes = padded(rows * q_width * int64_t(sizeof(Q)), 64), s_bytes = padded(rows * BLOCK * int64_t(sizeof(T)), 64);
-        char* memory = scratch.get<char>(q_bytes + s_bytes + rows * int64_t(sizeof(Seen)));
-        q = reinterpret_cast<Q*>(memory);
-        scores = reinterpret_cast<T*>(memory + q_bytes);
-        sees = reinterpret_cast<Seen*>(memory + q_bytes + s_bytes);
+        place(Places(scratch.get<char>(place(Places(nullptr)))));
         pack_queries();
     }
 
@@ -102,6 +98,13 @@ private:
     const States<T>* states = nullptr;
     int64_t number = 0;
     alignas(64) float k_scales[BLOCK] = {}, v_scales[BLOCK] = {};  // of a block of int8
+
+    int64_t place(Places places) {
+        places.take(q, rows * q_width);
+        places.take(scores, rows * BLOCK);
+        places.take(sees, rows);
+        return places.bytes();
+    }
 
     void pack_queries() {
         const int sign = query_factor<T>(a) < 0 ? -1 : 1;
