@@ -12,16 +12,12 @@ from torch import Tensor
 
 from shardsum.kernels import Gradients, OutputGradient
 from shardsum.kernels.native import NativeKernel
-from shardsum.kernels.operators import instruction_sets
 from shardsum.problem import state_dtype
 from shardsum.scores import Scores
 
 from .. import dense
 from ..tolerances import ROUNDED_GRADIENTS, STATE, assert_close, relative_norm
-from .native import causal, normal, visible
-
-each_instruction_set = pytest.mark.parametrize("isa", instruction_sets())
-each_dtype = pytest.mark.parametrize("dtype", list(STATE))
+from .native import causal, drawn, each_dtype, each_instruction_set, normal, visible
 
 
 def check(
@@ -66,24 +62,16 @@ def _sizes_of_terms(
 @settings(max_examples=25)
 @given(st.data())
 def test_any_shape_interval_dtype_stride_and_option(isa: str, data: st.DataObject) -> None:
-    draw = data.draw
-    batch, kv_heads, group = (draw(st.integers(1, high)) for high in (2, 2, 3))
-    q_len, kv_len = draw(st.integers(1, 80)), draw(st.sampled_from([1, 15, 33, 96, 130, 220]))
-    head_dim, v_dim = (draw(st.sampled_from(dims)) for dims in ([1, 2, 31, 64, 80, 129, 512], [1, 3, 31, 64, 130]))
-    dtype, seed = draw(st.sampled_from(list(STATE))), draw(st.integers(0, 2**31))
-    q = normal(seed, batch, q_len, kv_heads * group, head_dim, dtype=dtype).transpose(1, 2)
-    k = normal(seed + 1, batch, kv_len, kv_heads, head_dim + 3, dtype=dtype)[..., 1:-2].transpose(1, 2)
-    v = normal(seed + 2, batch, kv_heads, kv_len, v_dim, dtype=dtype)
-    generator = torch.Generator().manual_seed(seed)
-    bounds = torch.randint(kv_len + 1, (2, draw(st.sampled_from([1, batch])), q_len), generator=generator)
-    lo, hi = bounds.sort(dim=0).values if draw(st.booleans()) else causal(q_len, kv_len)
-    softcap = draw(st.sampled_from([None, 0.5, 20.0]))
-    slopes = 0.04 * torch.rand(kv_heads * group, generator=generator) if draw(st.booleans()) else None
-    own, keys = torch.arange(q_len).unsqueeze(0) + 5, torch.arange(kv_len)
-    scale = draw(st.sampled_from([1.0, -0.7])) / math.sqrt(head_dim)
-    scores = Scores(scale, softcap=softcap, alibi_slopes=slopes, keys=keys, own=own)
-    distance = (own.unsqueeze(-1) - keys).abs().float()
-    check(isa, q, k, v, lo, hi, scores, softcap=softcap, alibi=None if slopes is None else (slopes, distance))
+    problem, options = drawn(
+        data,
+        (2, 2, 3),
+        lambda group: 80,
+        [1, 15, 33, 96, 130, 220],
+        [1, 2, 31, 64, 80, 129, 512],
+        [1, 3, 31, 64, 130],
+        steepest=0.04,
+    )
+    check(isa, *problem, **options)
 
 
 @each_instruction_set

@@ -14,36 +14,24 @@ from shardsum.kernels.operators import DECODE_ROWS
 from shardsum.scores import Scores
 
 from .. import dense
-from ..tolerances import STATE, relative_norm
-from .native import causal, check, each_instruction_set, normal, visible
-
-each_dtype = pytest.mark.parametrize("dtype", list(STATE))
+from ..tolerances import relative_norm
+from .native import causal, check, drawn, each_dtype, each_instruction_set, normal, visible
 
 
 @each_instruction_set
 @settings(max_examples=60)
 @given(st.data())
 def test_any_shape_interval_dtype_stride_and_option(isa: str, data: st.DataObject) -> None:
-    draw = data.draw
-    batch, kv_heads, group = (draw(st.integers(1, high)) for high in (3, 2, 9))
-    q_len = draw(st.integers(1, DECODE_ROWS // group))
-    kv_len = draw(st.sampled_from([1, 15, 33, 64, 130, 511, 512, 513, 1700]))
-    head_dim, v_dim = (draw(st.sampled_from([1, 2, 31, 64, 80, 96, 128, 129, 512])) for _ in range(2))
-    dtype, seed = draw(st.sampled_from(list(STATE))), draw(st.integers(0, 2**31))
-    q = normal(seed, batch, q_len, kv_heads * group, head_dim, dtype=dtype).transpose(1, 2)
-    k = normal(seed + 1, batch, kv_len, kv_heads, head_dim + 3, dtype=dtype)[..., 1:-2].transpose(1, 2)
-    v = normal(seed + 2, batch, kv_heads, kv_len, v_dim, dtype=dtype)
-    generator = torch.Generator().manual_seed(seed)
-    bounds = torch.randint(kv_len + 1, (2, draw(st.sampled_from([1, batch])), q_len), generator=generator)
-    lo, hi = bounds.sort(dim=0).values if draw(st.booleans()) else causal(q_len, kv_len)
-    softcap = draw(st.sampled_from([None, 0.5, 20.0]))
-    # Scores stay below 20: a score of 200 is uncertain by 200 * 2^-24, and so is its weight.
-    slopes = 0.01 * torch.rand(kv_heads * group, generator=generator) if draw(st.booleans()) else None
-    own, keys = torch.arange(q_len).unsqueeze(0) + 5, torch.arange(kv_len)
-    scale = draw(st.sampled_from([1.0, -0.7])) / math.sqrt(head_dim)
-    scores = Scores(scale, softcap=softcap, alibi_slopes=slopes, keys=keys, own=own)
-    distance = (own.unsqueeze(-1) - keys).abs().float()
-    check(isa, q, k, v, lo, hi, scores, softcap=softcap, alibi=None if slopes is None else (slopes, distance))
+    problem, options = drawn(
+        data,
+        (3, 2, 9),
+        lambda group: DECODE_ROWS // group,
+        [1, 15, 33, 64, 130, 511, 512, 513, 1700],
+        dims := [1, 2, 31, 64, 80, 96, 128, 129, 512],
+        dims,
+        steepest=0.01,
+    )
+    check(isa, *problem, **options)
 
 
 @each_instruction_set
