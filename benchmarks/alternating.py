@@ -6,9 +6,7 @@ uses no core. The machine must be otherwise idle: the load is written beside the
 
 from __future__ import annotations
 
-import datetime
 import os
-import platform
 import subprocess
 import tempfile
 import time
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 
 import shardsum
+from shardsum.bench import timing
 
 CORES = 2
 ALONE = "alone"
@@ -98,17 +97,6 @@ def _take_cores(cores: Sequence[int]) -> None:
 
 def machine() -> dict[str, object]:
     """What a figure depends on besides the code."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "cpu": cpu or platform.processor(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "shardsum": shardsum.__version__,
-    }
+    isa = torch.backends.cpu.get_cpu_capability()
+    return timing.machine() | {"commit": commit.stdout.strip(), "isa": isa}
