@@ -1,4 +1,4 @@
-// What the operations are told: pointers, sizes and strides, already checked by the caller (kernels/native.py).
+// What the operations are told: pointers, sizes and strides, already checked by the caller (kernels/compiled.py).
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,10 @@ struct Attention {
     int64_t batch, q_heads, kv_heads, q_len, kv_len, head_dim, v_dim;
     Tensor q, k, v;
     Tensor k_scales, v_scales;    // (batch, kv_heads, kv_len) in float32, what a row of int8 is multiplied by
+    // Null, or in decode alone: key j of sequence b is row j % page_len of page pages[b * pages_batch + j / page_len] of
+    // k and v, which are (pages, kv_heads, page_len, dim). kv_len is that of the longest sequence that has room.
+    const int64_t* pages;
+    int64_t pages_batch, page_len;
     const int64_t *lo, *hi;
     int64_t bounds_batch;
     double scale;
@@ -30,6 +34,7 @@ struct Attention {
     const int64_t* own;           // each row's own position among the keys; own_batch as bounds_batch
     int64_t own_batch;
     int threads;
+    int64_t segment;  // 0, or sums go along a tree of segments of so many keys, a multiple of 256
 };
 
 // out (batch, q_heads, q_len, v_dim) and lse (batch, q_heads, q_len), contiguous, float or double.
@@ -46,18 +51,19 @@ struct Backward : Attention {
 
 constexpr int64_t LARGEST_DIM = 512;  // head_dim and v_dim
 
-// Two packed states of so many rows, each row's sum of values and then its lse, contiguous, float or double.
+// Two packed states of so many rows, each row's sum of values and then its lse, float or double.
 struct Merge {
     Type type;
     const void *a, *b;
     void* into;  // may be a or b
-    int64_t rows, width;
+    int64_t rows, width, row;  // rows are `row` elements apart
 };
 
 // The operations as compiled for one instruction set.
 struct Kernels {
     void (*prefill)(const Forward&);  // any number of rows
     void (*decode)(const Forward&);   // the same for few
+    void (*tree)(const Forward&);     // any number of rows, whose bits depend on nothing but themselves
     void (*backward)(const Backward&);
     void (*merge)(const Merge&);
     double (*read_memory)(const float* data, int64_t count, int threads);

@@ -151,8 +151,8 @@ template <typename E> struct Cut {
     explicit Cut(const Backward& a)
         : heads(a.batch * a.kv_heads), rows(a.q_heads / a.kv_heads * a.q_len), parts(1), keys(a.kv_len) {
         const int64_t tiles = (rows + ROWS - 1) / ROWS;
-        // Four for each thread end nearly together.
-        if (heads < 4 * a.threads && heads % a.threads != 0)
+        // Four for each thread end nearly together. Along the tree of segments the threads must not matter.
+        if (a.segment == 0 && heads < 4 * a.threads && heads % a.threads != 0)
             parts = std::min(tiles, (4 * a.threads + heads - 1) / heads);
         rows_of_a_part = (tiles + parts - 1) / parts * ROWS;
         parts = (rows + rows_of_a_part - 1) / rows_of_a_part;

@@ -6,6 +6,8 @@
 // bits on any number of threads, in any batch, and whatever keys lie behind its own.
 //
 // Source: Dao, Haziza, Massa, Sizov 2023 (Flash-Decoding); Dao et al. 2022 (FlashAttention, algorithm 1).
+#include <vector>
+
 #include "operations.h"
 #include "rows.h"
 #include "scratch.h"

@@ -16,7 +16,10 @@ inline bool avx512() {
     return avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-inline bool avx512_bf16() { return avx512() && __builtin_cpu_supports("avx512bf16"); }
+// Every processor with the first has the second.
+inline bool avx512_bf16() {
+    return avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
 // Linux gives a process the tile registers when it asks for them (arch/x86: ARCH_REQ_XCOMP_PERM, XTILEDATA).
 inline bool amx() {
     constexpr long request_permission = 0x1023, tile_data = 18;

@@ -34,6 +34,8 @@ template <typename T> struct Product {
     int64_t c_row;
     int64_t rows, columns, inner;  // multiples of ROW_STEP<T>, of a vector, of INNER_STEP<T>
     bool add;                      // to C; or else C is overwritten
+    const char* ahead = nullptr;   // memory that is asked for meanwhile: `ahead_bytes` of each of `inner` rows
+    int64_t ahead_row = 0, ahead_bytes = 0;
 };
 
 template <typename T> inline Vector<T> left(const T* p) { return broadcast(*p); }
@@ -46,6 +48,12 @@ inline Pairs left(const Pair* p) { return broadcast(int32_t(p->bits)); }
 inline Pairs right(const Pair* p) { return load_vector<Pairs>(p); }
 inline Vector<float> multiply_add(Pairs a, Pairs b, Vector<float> sum) {
     return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#endif
+#if defined(__AVX512VNNI__)
+// Of pairs of 16-bit integers.
+inline Vector<int32_t> multiply_add(Pairs a, Pairs b, Vector<int32_t> sum) {
+    return (Vector<int32_t>)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 }
 #endif
 
@@ -61,12 +69,15 @@ template <typename T, int ROWS, int VECTORS> inline void multiply_tile(const Pro
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; j++) sum[i][j] = Vector<C>{};
-    for (int64_t k = 0; k < p.inner; k++, a += p.a_inner, b += p.b_row)
+    const char* ahead = p.ahead;
+    for (int64_t k = 0; k < p.inner; k++, a += p.a_inner, b += p.b_row, ahead += p.ahead_row) {
+        for (int64_t byte = 0; byte < p.ahead_bytes; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
             for (int j = 0; j < VECTORS; j++)
                 sum[i][j] = multiply_add(left(a + i * p.a_row), right(b + j * lanes<C>), sum[i][j]);
+    }
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4

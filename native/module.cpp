@@ -45,13 +45,14 @@ constexpr int64_t released_from = 1 << 16;
 
 template <typename T> T* pointer(intptr_t address) { return reinterpret_cast<T*>(address); }
 
-// What kernels/native.py hands over: addresses and strides, checked there.
+// What kernels/compiled.py hands over: addresses and strides, checked there.
 using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
 using Strided = std::tuple<intptr_t, int64_t, int64_t, int64_t>;
 using Bounds = std::tuple<intptr_t, intptr_t, int64_t>;
 using Scores = std::tuple<double, double, intptr_t, double, uint64_t, int64_t, intptr_t, intptr_t, intptr_t, int64_t>;
 
-using Storage = std::tuple<Strided, Strided>;  // scales of keys and of values; addresses are 0 without
+using Table = std::tuple<intptr_t, int64_t, int64_t>;
+using Storage = std::tuple<Strided, Strided, Table>;  // scales of keys and of values, pages; addresses are 0 without
 using Gradient = std::tuple<intptr_t, intptr_t, intptr_t>;
 
 Tensor tensor(const Strided& t) {
@@ -59,19 +60,22 @@ Tensor tensor(const Strided& t) {
 }
 
 Attention attention(int type, const Sizes& sizes, const Strided& q, const Strided& k, const Strided& v,
-                    const Storage& storage, const Bounds& bounds, const Scores& scores, int threads) {
+                    const Storage& storage, const Bounds& bounds, const Scores& scores, int threads, int64_t segment) {
     Attention a{};
     a.type = Type(type);
     std::tie(a.batch, a.q_heads, a.kv_heads, a.q_len, a.kv_len, a.head_dim, a.v_dim) = sizes;
     a.q = tensor(q), a.k = tensor(k), a.v = tensor(v);
     a.k_scales = tensor(std::get<0>(storage)), a.v_scales = tensor(std::get<1>(storage));
+    intptr_t pages;
+    std::tie(pages, a.pages_batch, a.page_len) = std::get<2>(storage);
+    a.pages = pointer<const int64_t>(pages);
     a.lo = pointer<const int64_t>(std::get<0>(bounds)), a.hi = pointer<const int64_t>(std::get<1>(bounds));
     a.bounds_batch = std::get<2>(bounds);
     intptr_t slopes, rows, keys, own;
     std::tie(a.scale, a.softcap, slopes, a.dropout_p, a.seed, a.first_head, rows, keys, own, a.own_batch) = scores;
     a.alibi_slopes = pointer<const float>(slopes);
     a.rows = pointer<const int64_t>(rows), a.keys = pointer<const int64_t>(keys), a.own = pointer<const int64_t>(own);
-    a.threads = threads;
+    a.threads = threads, a.segment = segment;
     return a;
 }
 
@@ -79,18 +83,19 @@ Attention attention(int type, const Sizes& sizes, const Strided& q, const Stride
 template <void (*Kernels::*OPERATION)(const Forward&)>
 void forward(const std::string& isa, int type, const Sizes& sizes, const Strided& q, const Strided& k,
              const Strided& v, const Storage& storage, const Bounds& bounds, const Scores& scores, int threads,
-             intptr_t out, intptr_t lse) {
+             int64_t segment, intptr_t out, intptr_t lse) {
     const Kernels& kernels = kernels_of(isa);
-    Forward a{attention(type, sizes, q, k, v, storage, bounds, scores, threads), pointer<void>(out), pointer<void>(lse)};
+    Forward a{attention(type, sizes, q, k, v, storage, bounds, scores, threads, segment), pointer<void>(out),
+              pointer<void>(lse)};
     nb::gil_scoped_release release;
     (kernels.*OPERATION)(a);
 }
 
 void backward(const std::string& isa, int type, const Sizes& sizes, const Strided& q, const Strided& k,
               const Strided& v, const Storage& storage, const Bounds& bounds, const Scores& scores, int threads,
-              const Gradient& given, const Gradient& found) {
+              int64_t segment, const Gradient& given, const Gradient& found) {
     const Kernels& kernels = kernels_of(isa);
-    Backward a{attention(type, sizes, q, k, v, storage, bounds, scores, threads)};
+    Backward a{attention(type, sizes, q, k, v, storage, bounds, scores, threads, segment)};
     auto [d_out, lse, delta] = given;
     auto [d_q, d_k, d_v] = found;
     a.d_out = pointer<const void>(d_out), a.lse = pointer<const void>(lse), a.delta = pointer<const void>(delta);
@@ -102,7 +107,7 @@ void backward(const std::string& isa, int type, const Sizes& sizes, const Stride
 // Without an argument for the instruction set, the best is meant: a merge of a few rows takes less than finding it.
 void merge(int type, intptr_t a, intptr_t b, intptr_t into, int64_t rows, int64_t width) {
     static const Kernels& best = kernels_of(that_run_here().front());
-    const Merge m{Type(type), pointer<const void>(a), pointer<const void>(b), pointer<void>(into), rows, width};
+    const Merge m{Type(type), pointer<const void>(a), pointer<const void>(b), pointer<void>(into), rows, width, width};
     if (rows * width < released_from) return best.merge(m);
     nb::gil_scoped_release release;
     best.merge(m);
@@ -136,6 +141,7 @@ NB_MODULE(_native, m) {
     m.def("instruction_sets", that_run_here, "The instruction sets that run on this machine, the best first.");
     m.def("prefill", forward<&Kernels::prefill>);
     m.def("decode", forward<&Kernels::decode>);
+    m.def("tree", forward<&Kernels::tree>);
     m.def("backward", backward);
     m.def("merge", merge);
     m.def("pack", pack<true>);

@@ -7,6 +7,7 @@ namespace SHARDSUM_ISA {
 
 void prefill(const Forward&);
 void decode(const Forward&);
+void tree(const Forward&);
 void backward(const Backward&);
 void merge(const Merge&);
 double read_memory(const float* data, int64_t count, int threads);

@@ -50,49 +50,81 @@ template <typename T, typename E> inline Vector<T> load_words(const E* p, int64_
     return n >= lanes<T> ? Vector<T>(load(p)) : Vector<T>(load_some(p, int(n)));
 }
 
+// A square of vectors that load(r) gives, r < lanes<T>, transposed to the first `count` rows from `to` on.
+template <typename T, typename Load> inline void pack_square(Load load, int64_t count, T* to, int64_t width) {
+    constexpr int n = lanes<T>;
+    Vector<T> square[n];
+#pragma GCC unroll 16
+    for (int r = 0; r < n; r++) square[r] = load(r);
+    transpose<T>(square);
+    if (count < n) {
+        for (int64_t c = 0; c < count; c++) store_vector(to + c * width, square[c]);
+        return;
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < n; c++) store_vector(to + c * width, square[c]);
+}
+
 // `rows` rows of `size` elements, transposed: element (i, j) is to[j * width + i], zeros behind the last row up to a
-// whole vector. `width`: a multiple of a vector.
+// whole vector. `width`: a multiple of a vector. What lies `ahead` elements behind is asked for meanwhile.
 template <typename E, typename T>
-inline void pack_columns(const E* from, int64_t stride, int64_t rows, int64_t size, T* to, int64_t width) {
+inline void pack_columns(const E* from, int64_t stride, int64_t rows, int64_t size, T* to, int64_t width, int64_t ahead = 0) {
     constexpr int n = lanes<T>;
     for (int64_t i = 0; i < rows; i += n)
         for (int64_t j = 0; j < size; j += n) {
-            Vector<T> square[n];
-            for (int64_t r = 0; r < n; r++)
-                square[r] = i + r < rows ? load_words<T>(from + (i + r) * stride + j, size - j) : Vector<T>{};
-            transpose<T>(square);
-            for (int64_t c = 0; c < n && j + c < size; c++) store_vector(to + (j + c) * width + i, square[c]);
+            const E* some = from + i * stride + j;
+            auto whole = [&](int64_t r) {
+                __builtin_prefetch(some + r * stride + ahead, 0, 2);
+                return Vector<T>(load(some + r * stride));
+            };
+            auto checked = [&](int64_t r) { return i + r < rows ? load_words<T>(some + r * stride, size - j) : Vector<T>{}; };
+            if (i + n <= rows && j + n <= size) pack_square<T>(whole, n, to + j * width + i, width);
+            else pack_square<T>(checked, std::min(int64_t(n), size - j), to + j * width + i, width);
         }
 }
 
 // The same for pairs along the rows; `pairs` of them, zeros behind the last element.
 inline void pack_columns(const bfloat16* from, int64_t stride, int64_t rows, int64_t size, int64_t pairs, Pair* to,
-                         int64_t width) {
+                         int64_t width, int64_t ahead = 0) {
     constexpr int n = lanes<float>;
     for (int64_t i = 0; i < rows; i += n)
         for (int64_t j = 0; j < pairs; j += n) {
-            Vector<float> square[n];
-            for (int64_t r = 0; r < n; r++) {
-                square[r] = Vector<float>{};
-                const bfloat16* some = from + (i + r) * stride + 2 * j;
-                int64_t left = std::min(size - 2 * j, int64_t(2 * n));
-                if (i + r < rows && left == 2 * n) square[r] = load_vector<Vector<float>>(some);
-                else if (i + r < rows && left > 0) std::memcpy(&square[r], some, left * 2);
-            }
-            transpose<float>(square);
-            for (int64_t c = 0; c < n && j + c < pairs; c++) store_vector(to + (j + c) * width + i, square[c]);
+            const bfloat16* some = from + i * stride + 2 * j;
+            float* into = reinterpret_cast<float*>(to + j * width + i);
+            const int64_t left = std::min(size - 2 * j, int64_t(2 * n));
+            auto whole = [&](int64_t r) {
+                __builtin_prefetch(some + r * stride + ahead, 0, 2);
+                return load_vector<Vector<float>>(some + r * stride);
+            };
+            auto checked = [&](int64_t r) {
+                Vector<float> row{};
+                if (i + r < rows && left > 0) std::memcpy(&row, some + r * stride, left * 2);
+                return row;
+            };
+            if (i + n <= rows && left == 2 * n) pack_square<float>(whole, n, into, width);
+            else pack_square<float>(checked, std::min(int64_t(n), pairs - j), into, width);
         }
 }
 
 // Rows 2 i and 2 i + 1 of `rows` as pairs, to[i * width ...]; zeros behind the last row and element, `pairs` such rows.
+// What lies `ahead` elements behind is asked for meanwhile.
 inline void pack_row_pairs(const bfloat16* from, int64_t stride, int64_t rows, int64_t size, int64_t pairs, Pair* to,
-                           int64_t width) {
+                           int64_t width, int64_t ahead = 0) {
+    constexpr int64_t n = VECTOR_BYTES / 2;
     for (int64_t i = 0; i < pairs; i++, to += width) {
         const bfloat16 *first = from + 2 * i * stride, *second = first + stride;
-        int64_t whole = 2 * i < rows ? size : 0, halves = 2 * i + 1 < rows ? size : 0;
-        for (int64_t j = 0; j < halves; j++) to[j].bits = first[j].bits | uint32_t(second[j].bits) << 16;
-        for (int64_t j = halves; j < whole; j++) to[j].bits = first[j].bits;
-        for (int64_t j = whole; j < width; j++) to[j].bits = 0;
+        const int64_t whole = 2 * i < rows ? size : 0, halves = 2 * i + 1 < rows ? size : 0;
+        int64_t j = 0;
+        for (; j + n <= halves; j += n) {
+            __builtin_prefetch(first + j + ahead, 0, 2);
+            __builtin_prefetch(second + j + ahead, 0, 2);
+            const Halves one = load_vector<Halves>(first + j), other = load_vector<Halves>(second + j);
+            store_vector(to + j, alternated<0>(one, other));
+            store_vector(to + j + n / 2, alternated<1>(one, other));
+        }
+        for (; j < halves; j++) to[j].bits = first[j].bits | uint32_t(second[j].bits) << 16;
+        for (; j < whole; j++) to[j].bits = first[j].bits;
+        for (; j < width; j++) to[j].bits = 0;
     }
 }
 
@@ -113,6 +145,22 @@ inline void pack_rows(const float* from, int64_t stride, int64_t rows, int64_t s
         bfloat16* row = reinterpret_cast<bfloat16*>(to);
         for (int64_t j = 0; j < 2 * width; j++) row[j] = rounded(j < size ? from[j] : 0.0f);
     }
+}
+
+// Whether all elements that were packed are finite; `count` of P, a multiple of a vector.
+template <typename P> inline bool packed_finite(const P* packed, int64_t count) {
+    typedef std::conditional_t<std::is_same_v<P, Pair>, int16_t, Integer<P>> Word;
+    typedef Word Words __attribute__((vector_size(VECTOR_BYTES)));
+    constexpr Word infinity = Word(sizeof(Word) == 2 ? 0x7f80 : sizeof(Word) == 4 ? 0x7f800000 : 0x7ff0000000000000);
+    Words largest{};  // bits without sign grow with what they stand for
+    for (int64_t i = 0; i < count; i += VECTOR_BYTES / int64_t(sizeof(P))) {
+        const Words some = load_vector<Words>(packed + i) & Word(sizeof(Word) == 2 ? 0x7fff : sizeof(Word) == 4 ? 0x7fffffff : 0x7fffffffffffffff);
+        largest = largest > some ? largest : some;
+    }
+    const Vector<int64_t> not_finite = (Vector<int64_t>)(largest >= infinity);
+    int64_t some = 0;
+    for (int i = 0; i < lanes<int64_t>; i++) some |= not_finite[i];
+    return some == 0;
 }
 
 // Whether all elements of a row are finite.

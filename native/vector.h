@@ -65,8 +65,16 @@ inline float element(float16 x) {
 inline Vector<float> load(const float* p) { return load_vector<Vector<float>>(p); }
 inline Vector<double> load(const double* p) { return load_vector<Vector<double>>(p); }
 inline Vector<float> load(const int8_t* p) {
-    typedef int8_t Bytes __attribute__((vector_size(VECTOR_BYTES / 4)));
-    return __builtin_convertvector(load_vector<Bytes>(p), Vector<float>);
+    // GCC 12 converts bytes one by one.
+#if defined(__AVX512F__)
+    return (Vector<float>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+    return (Vector<float>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    Vector<float> v;
+    for (int i = 0; i < lanes<float>; i++) v[i] = element(p[i]);
+    return v;
+#endif
 }
 inline Vector<float> load(const bfloat16* p) {
     typedef uint16_t Half __attribute__((vector_size(VECTOR_BYTES / 2)));
@@ -164,8 +172,9 @@ template <int STEP, bool SECOND, typename V, int... I> inline V crossed(V a, V b
     return __builtin_shufflevector(a, b, ((I & STEP) ? (SECOND ? n + I : n + I - STEP) : (SECOND ? I + STEP : I))...);
 }
 // Rows become columns, of lanes<T> vectors: at each step, quarters change places in squares of 2 STEP.
-template <typename T, int STEP = lanes<T> / 2> inline void transpose(Vector<T>* rows) {
+template <typename T, int STEP = lanes<T> / 2> __attribute__((always_inline)) inline void transpose(Vector<T>* rows) {
     constexpr auto all = std::make_integer_sequence<int, lanes<T>>();
+#pragma GCC unroll 16
     for (int i = 0; i < lanes<T>; i++) {
         if (i & STEP) continue;
         Vector<T> a = rows[i], b = rows[i + STEP];
@@ -187,8 +196,8 @@ template <typename T> inline Split<T> split(Vector<T> x) {
 // v * 2^n for whole -bias < n < bias.
 template <typename T> inline Vector<T> scaled(Vector<T> v, Vector<T> n) {
     const Vector<T> magic = broadcast(sizeof(T) == 4 ? T(12582912.0) : T(6755399441055744.0));
-    typedef Vector<Integer<T>> Ints;
-    return (Vector<T>)((Ints)v + ((Ints)(n + magic) << (sizeof(T) == 4 ? 23 : 52)));
+    typedef Vector<std::make_unsigned_t<Integer<T>>> Bits;  // the sum of signed integers would overflow
+    return (Vector<T>)((Bits)v + ((Bits)(n + magic) << (sizeof(T) == 4 ? 23 : 52)));
 }
 
 template <typename T> inline Vector<T> polynomial(Vector<T> f, std::initializer_list<T> highest_first) {

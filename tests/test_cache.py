@@ -12,7 +12,7 @@ from shardsum import KVCache, Layout, Mismatch, Unsupported, connect, launch, sh
 from shardsum.comm import Communicator
 
 from . import dense
-from .tolerances import assert_close
+from .tolerances import OF_16_BITS, STATE, assert_close
 
 BATCH, Q_HEADS, KV_HEADS, HEAD_DIM, V_DIM = 2, 6, 2, 5, 7
 ranks = pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -39,11 +39,18 @@ def new_cache(comm: Communicator, layers: int = 1, quantize: str | None = None) 
 
 
 def expect(
-    found: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: slice | Tensor = slice(None), **mask: Any
+    quantize: str | None,
+    found: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: slice | Tensor = slice(None),
+    **mask: Any,
 ) -> None:
     """The attention of the last queries over all keys, of which `rows` are compared."""
     seen = dense.visible(q.shape[2], k.shape[2], q.shape[0], causal=True, **mask)
-    assert_close(found, dense.attention(q, k, v, seen)[0][:, :, rows], 2e-6)
+    tolerance = STATE[torch.float32] if quantize is None else OF_16_BITS
+    assert_close(found, dense.attention(q, k, v, seen)[0][:, :, rows], tolerance)
 
 
 def prefill_then_decode(comm: Communicator, layout: str, quantize: str | None) -> None:
@@ -55,12 +62,12 @@ def prefill_then_decode(comm: Communicator, layout: str, quantize: str | None) -
         cache.append(0, part[1], part[2], layout=kind)
         out = cache.attend(0, part[0], q_replicated=False, layout=kind)
         positions = as_positions(kind, end - start, comm)
-        expect(out, q[:, :, start:end], k[:, :, :end], v[:, :, :end], positions)
+        expect(quantize, out, q[:, :, start:end], k[:, :, :end], v[:, :, :end], positions)
     for step in range(chunk, 41):
         cache.append(0, k[:, :, step : step + 1], v[:, :, step : step + 1])
         assert len(cache) == step + 1
         out = cache.attend(0, q[:, :, step : step + 1], window=(17, 0))
-        expect(out, q[:, :, step : step + 1], k[:, :, : step + 1], v[:, :, : step + 1], window=(17, 0))
+        expect(quantize, out, q[:, :, step : step + 1], k[:, :, : step + 1], v[:, :, : step + 1], window=(17, 0))
 
 
 def as_positions(layout: str | Layout, length: int, comm: Communicator) -> Tensor:
@@ -86,11 +93,11 @@ def sequences_of_different_lengths(comm: Communicator, strategy: str, quantize: 
     out = cache.attend(0, q[:, :, 10:13], strategy=strategy)
     for row, index in enumerate(([*range(9), 9, 12], [*range(4), 9, 10, 11, 12])):
         one = slice(row, row + 1)
-        expect(out[one], q[one, :, 10:13], k[one][:, :, index], v[one][:, :, index])
+        expect(quantize, out[one], q[one, :, 10:13], k[one][:, :, index], v[one][:, :, index])
     # And padding in front on top of that.
     out = cache.attend(0, q[:, :, 10:13], strategy=strategy, key_range=([2, 0], [99, 99]))
     index = [*range(9), 9, 12]
-    expect(out[:1], q[:1, :, 10:13], k[:1][:, :, index], v[:1][:, :, index], key_range=([2], [99]))
+    expect(quantize, out[:1], q[:1, :, 10:13], k[:1][:, :, index], v[:1][:, :, index], key_range=([2], [99]))
 
 
 @ranks
@@ -108,16 +115,22 @@ def crop_reorder_reset(comm: Communicator, quantize: str | None) -> None:
     assert len(cache) == 13
     cache.append(0, k[:, :, 20:25], v[:, :, 20:25])
     kept = [*range(13), *range(20, 25)]
-    expect(cache.attend(0, q[:, :, 24:25]), q[:, :, 24:25], k[:, :, kept], v[:, :, kept])
+    expect(quantize, cache.attend(0, q[:, :, 24:25]), q[:, :, 24:25], k[:, :, kept], v[:, :, kept])
     cache.reorder([1, 1, 0])
     order = torch.tensor([1, 1, 0])
-    expect(cache.attend(0, q[order, :, 24:25]), q[order, :, 24:25], k[order][:, :, kept], v[order][:, :, kept])
+    expect(
+        quantize,
+        cache.attend(0, q[order, :, 24:25]),
+        q[order, :, 24:25],
+        k[order][:, :, kept],
+        v[order][:, :, kept],
+    )
     cache.reset()
     assert len(cache) == 0
     assert cache.bytes_held == 0
     assert torch.equal(cache.attend(0, q[:, :, :1]), torch.zeros(BATCH, Q_HEADS, 1, V_DIM))
     cache.append(0, k[:, :, :2], v[:, :, :2])
-    expect(cache.attend(0, q[:, :, 1:2]), q[:, :, 1:2], k[:, :, :2], v[:, :, :2])
+    expect(quantize, cache.attend(0, q[:, :, 1:2]), q[:, :, 1:2], k[:, :, :2], v[:, :, :2])
 
 
 @ranks

@@ -9,6 +9,8 @@ from torch import Tensor
 STATE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
 # Of an output whose weights were rounded to bfloat16: half a last place of 8 bits, of the terms' size.
 ROUNDED_WEIGHTS = 2e-3
+# Of one whose queries and weights were rounded to 16 bits, 2^-16 of the largest of a row or a block of 64.
+OF_16_BITS = 1e-4
 # Of gradients whose weights, and their gradients, were: 2^-8 at most, and that where one term is all there is.
 ROUNDED_GRADIENTS = 4e-3
 # Of an output rounded to the inputs' dtype.

@@ -4,6 +4,7 @@
 //
 // Tensors lie in memory of exactly their size, so that an address sanitizer sees every element read beyond it, and keys
 // that no row sees hold NaN. Exit status 1 and a line for the first problem that is not right.
+#include <algorithm>
 #include <cstdio>
 #include <utility>
 
@@ -27,8 +28,10 @@ public:
         a.head_dim = pick(random, {64, 80, 128, between(random, 1, 40), between(random, 1, 200)});
         a.v_dim = pick(random, {a.head_dim, a.head_dim, between(random, 1, 130)});
         q = std::make_unique<Held>(random, a.type == Type::int8 ? Type::float32 : a.type, a.batch, a.q_heads, a.q_len, a.head_dim);
-        k = std::make_unique<Held>(random, a.type, a.batch, a.kv_heads, a.kv_len, a.head_dim);
-        v = std::make_unique<Held>(random, a.type, a.batch, a.kv_heads, a.kv_len, a.v_dim);
+        if (a.type != Type::int8 && random() % 4 == 0) draw_pages();
+        const int64_t pages = paged() ? int64_t(table.size()) : a.batch, rows = paged() ? a.page_len : a.kv_len;
+        k = std::make_unique<Held>(random, a.type, pages, a.kv_heads, rows, a.head_dim);
+        v = std::make_unique<Held>(random, a.type, pages, a.kv_heads, rows, a.v_dim);
         a.q = q->tensor, a.k = k->tensor, a.v = v->tensor;
         a.k_scales = k->of_scales(), a.v_scales = v->of_scales();
         a.threads = int(between(random, 1, 3));
@@ -36,17 +39,19 @@ public:
         draw_scores();
         for (int64_t b = 0; b < a.batch; b++)
             for (int64_t j = 0; j < a.kv_len; j++)
-                if (!any_row_sees(b, j)) k->poison(b, j), v->poison(b, j);
+                if (!any_row_sees(b, j)) k->poison(page_of(b, j), row_of(j)), v->poison(page_of(b, j), row_of(j));
+        segment = pick(random, {256, 256, 512});
     }
 
-    // Decode alone takes int8.
-    bool for_decode_alone() const { return a.type == Type::int8; }
+    // Decode alone takes int8, and pages.
+    bool for_decode_alone() const { return a.type == Type::int8 || paged(); }
 
     // The largest error over what is allowed.
-    double forward(void (*operation)(const Forward&)) {
+    double forward(void (*operation)(const Forward&), bool by_segments = false) {
         int64_t rows = a.batch * a.q_heads * a.q_len, size = a.type == Type::float64 ? 8 : 4;
         std::unique_ptr<char[]> out(new char[rows * a.v_dim * size]), lse(new char[rows * size]);
         Forward call{a, out.get(), lse.get()};
+        call.segment = by_segments ? segment : 0;
         operation(call);
         if (outs.expected.empty()) expect();
         Type type = size == 8 ? Type::float64 : Type::float32;
@@ -55,6 +60,8 @@ public:
         for (int64_t i = 0; i < rows; i++) lses.found.push_back(get(type, lse.get(), i));
         double loose = a.type == Type::bfloat16 ? 2e-3 : 2e-6, tight = a.type == Type::bfloat16 ? 1e-5 : 2e-6;
         if (size == 8) loose = tight = 1e-13;
+        // Queries and weights may be rounded to 16 bits: scores of 30 are then uncertain by 30 * 2^-16.
+        if (a.type == Type::int8) loose = tight = 5e-4;
         return std::max(outs.error() / loose, lses.error() / tight);
     }
 
@@ -86,21 +93,34 @@ public:
     }
 
     void print() const {
-        std::printf("type %d batch %ld heads %ld/%ld lengths %ld %ld dims %ld %ld scale %g softcap %g alibi %d dropout %g\n",
+        std::printf("type %d batch %ld heads %ld/%ld lengths %ld %ld dims %ld %ld scale %g softcap %g alibi %d dropout %g page_len %ld\n",
                     int(a.type), long(a.batch), long(a.q_heads), long(a.kv_heads), long(a.q_len), long(a.kv_len),
-                    long(a.head_dim), long(a.v_dim), a.scale, a.softcap, a.alibi_slopes != nullptr, a.dropout_p);
+                    long(a.head_dim), long(a.v_dim), a.scale, a.softcap, a.alibi_slopes != nullptr, a.dropout_p, long(a.page_len));
     }
 
 private:
     Random random;
     Attention a{};
+    int64_t segment = 0;
     std::unique_ptr<Held> q, k, v;
-    std::vector<int64_t> lo, hi, rows, keys, own;
+    std::vector<int64_t> lo, hi, rows, keys, own, table;
     std::vector<float> slopes;
     Compared outs, lses, gradients[3];  // of q, k, v
     std::vector<double> d_out, delta;
 
     static int64_t count_of(const std::unique_ptr<Held>& x) { return x->batch * x->heads * x->length * x->dim; }
+
+    // Every sequence has pages of its own, all in any order; the last one may not be full.
+    void draw_pages() {
+        a.page_len = pick(random, {1, 16, between(random, 1, 20), between(random, 1, 300)});
+        a.pages_batch = (a.kv_len + a.page_len - 1) / a.page_len;
+        for (int64_t p = 0; p < a.batch * a.pages_batch; p++) table.push_back(p);
+        std::shuffle(table.begin(), table.end(), random);
+        a.pages = table.data();
+    }
+    bool paged() const { return a.pages != nullptr; }
+    int64_t page_of(int64_t b, int64_t j) const { return paged() ? table[b * a.pages_batch + j / a.page_len] : b; }
+    int64_t row_of(int64_t j) const { return paged() ? j % a.page_len : j; }
 
     void draw_bounds() {
         int64_t masks = random() % 2 ? a.batch : 1, kind = random() % 4, shift = between(random, -5, a.kv_len);
@@ -176,8 +196,8 @@ private:
             for (int64_t h = 0; h < a.q_heads; h++) {
                 std::vector<std::vector<double>> of_k, of_v;
                 for (int64_t j = 0; j < a.kv_len; j++) {
-                    of_k.push_back(k->row(b, h / (a.q_heads / a.kv_heads), j));
-                    of_v.push_back(v->row(b, h / (a.q_heads / a.kv_heads), j));
+                    of_k.push_back(k->row(page_of(b, j), h / (a.q_heads / a.kv_heads), row_of(j)));
+                    of_v.push_back(v->row(page_of(b, j), h / (a.q_heads / a.kv_heads), row_of(j)));
                 }
                 for (int64_t i = 0; i < a.q_len; i++) expect_row(b, h, i, of_k, of_v);
             }
@@ -255,6 +275,7 @@ int main(int count, char** words) {
             std::vector<std::pair<const char*, double>> errors{{"decode", problem.forward(set.kernels->decode)}};
             if (!problem.for_decode_alone()) {
                 errors.emplace_back("prefill", problem.forward(set.kernels->prefill));
+                errors.emplace_back("tree", problem.forward(set.kernels->tree, true));
                 errors.emplace_back("backward", problem.backward(set.kernels->backward));
             }
             for (const auto& [name, error] : errors) {

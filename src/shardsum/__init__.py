@@ -6,6 +6,7 @@ from .comm import Communicator, connect, launch
 from .context_parallel import context_parallel
 from .errors import Mismatch, NonFiniteWarning, RankLost, Unsupported
 from .layouts import Layout
+from .paged import decode_paged
 from .sharding import global_value, shard, unshard, weighted_sum
 from .state import AttentionState, merge
 
@@ -23,6 +24,7 @@ __all__ = [
     "attention",
     "connect",
     "context_parallel",
+    "decode_paged",
     "global_value",
     "launch",
     "merge",

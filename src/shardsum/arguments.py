@@ -53,7 +53,9 @@ class Arguments:
     q_start: int | Indices | None = None
     q_len: int | None = None
     kv_len: int | None = None
+    reproducible: bool = False
     lengths: Tensor | None = None  # of a cache: how many keys each sequence has; its queries end there
+    reordered: int = 0  # of a cache: a digest of how its sequences were reordered
 
     def describe(self, problem: Problem) -> dict[str, Any]:
         """The arguments as JSON values, checked as far as one rank alone can check them."""
@@ -91,7 +93,9 @@ class Arguments:
             "q_start": _listed("q_start", self.q_start),
             "q_len": None if self.q_len is None else _whole("q_len", self.q_len),
             "kv_len": None if self.kv_len is None else _whole("kv_len", self.kv_len),
+            "reproducible": bool(self.reproducible),
             "lengths": _listed("lengths", self.lengths),
+            "reordered": self.reordered,
         }
 
     def _check_scores(self, problem: Problem) -> None:
@@ -147,6 +151,13 @@ class Arguments:
             sink_tokens=self.sink_tokens,
             key_intervals=key_intervals,
         )
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype, where that is on; what is no tensor is for the agreement to refuse."""
+    if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
 def _interval_rows(intervals: tuple[Tensor, Tensor], problem: Problem) -> int:

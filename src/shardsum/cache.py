@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -9,11 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .arguments import Arguments, Indices
-from .attention import attend
-from .comm import Communicator, agree_on, as_communicator
+from .attend import attend
+from .comm import Communicator, agree, agree_on, as_communicator
 from .errors import Unsupported
 from .layouts import Layout, Placement, as_layout
 from .storage import LayerStorage
+from .tree import unit
 
 QUANTIZATIONS = (None, "int8")
 
@@ -27,6 +29,8 @@ class KVCache:
     `quantize="int8"` holds keys and values as int8, with a float32 scale for each token and KV head: dim + 4 bytes
     in place of 4 dim in float32. With the native kernel a decode step reads them as they are; everything else, and
     keys that travel, takes copies in the queries' dtype, one layer at a time.
+    `reproducible=True`: ranks get whole segments of 256 positions, and every `attend` has the same bits on any
+    number of ranks, as `attention(..., reproducible=True)`: a token's are the same decoded and prefilled.
     Numerics: of int8, the output is within 1e-2 by relative norm on keys and values from N(0, 1), head_dim up to
     128; copies in bfloat16 make that 1.1e-2.
 
@@ -47,10 +51,12 @@ class KVCache:
         device: torch.device | str | None = None,
         comm: Communicator | None = None,
         quantize: str | None = None,
+        reproducible: bool = False,
     ) -> None:
         if quantize not in QUANTIZATIONS:
             raise Unsupported(f"quantize must be None or 'int8': got {quantize!r}.")
         self.comm = as_communicator(comm)
+        self._reproducible, self._unit = reproducible, unit(reproducible)
         dims = (head_dim, head_dim if v_dim is None else v_dim)
         quantized = quantize is not None
         self._layers = [LayerStorage(kv_heads, dims, dtype, device, quantized) for _ in range(layers)]
@@ -61,6 +67,7 @@ class KVCache:
         # Position p of every sequence lies on rank _owners[p].
         self._owners = torch.empty(0, dtype=torch.int64)
         self._placement: Placement | None = None
+        self._reordered = 0  # a digest of the orders since then
         for layer in self._layers:
             layer.clear()
 
@@ -96,13 +103,13 @@ class KVCache:
         Raises: ValueError for shapes that do not fit the cache; Mismatch where the ranks' calls differ (without
         `layout` only the next `attend` finds out); Unsupported for shards behind sequences of different lengths.
         """
-        store = self._layer(layer)
         if layout is None:
-            store.check(k, v)
+            self._layer(layer).check(k, v)
             index, new, owners = torch.arange(k.shape[2]), k.shape[2], None
         else:
-            placement = self._agree_on_shards(layer, k, v, as_layout(layout))
+            placement = self._agree_on_shards(layer, k, v, layout)
             index, new, owners = placement.positions[self.comm.rank], placement.length, _owners(placement)
+        store = self._layer(layer)
         start = store.lengths if len(store.lengths) else torch.zeros(k.shape[0], dtype=torch.int64)
         valid = torch.full_like(start, new) if lengths is None else _valid(lengths, len(start), new)
         last = int((start + valid).max())
@@ -134,23 +141,41 @@ class KVCache:
         """The attention of queries over what all ranks hold in one layer; the last query meets the last token.
 
         Queries are the same on every rank, or with `q_replicated=False` this rank's shard by `layout` (prefill).
-        `options` are the other arguments of `attention` (window, key_range, softcap, sinks, strategy, ...), as are
-        Numerics and Raises. In a batch whose sequences have different lengths, each sequence's queries end at its
-        own length.
+        `options` are the other arguments of `attention` (window, key_range, softcap, sinks, strategy, ...; but
+        `reproducible` is the cache's), as are Numerics and Raises. In a batch whose sequences have different
+        lengths, each sequence's queries end at its own length.
         """
+        try:
+            arguments, placement, (k, v, scales) = self._of_layer(layer, q, layout, causal, q_replicated, options)
+        except Exception as mistake:
+            agree(self.comm, {}, error=mistake)
+            raise
+        state = attend(self.comm, q, k, v, arguments, placement, f"KVCache.attend in layer {layer}", scales)
+        return state if return_state else state.out.to(q.dtype)
+
+    def _of_layer(
+        self,
+        layer: int,
+        q: Tensor,
+        layout: str | Layout | None,
+        causal: bool,
+        q_replicated: bool,
+        options: dict[str, Any],
+    ) -> tuple[Arguments, Placement, tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]]:
+        """What to attend to in one layer: the arguments, where its keys lie, and what this rank holds of them."""
         store = self._layer(layer)
         arguments = Arguments(
             layout="contiguous" if layout is None else layout,
             causal=causal,
             q_replicated=q_replicated,
             **options,
+            reproducible=self._reproducible,
             lengths=store.lengths if len(store.lengths) else torch.zeros(q.shape[0], dtype=torch.int64),
+            reordered=self._reordered,
         )
         placement = self._place(store.longest)
         held = len(placement.positions[self.comm.rank])
-        k, v, scales = store.read(q.shape[0], held)
-        state = attend(self.comm, q, k, v, arguments, placement, f"KVCache.attend in layer {layer}", scales)
-        return state if return_state else state.out.to(q.dtype)
+        return arguments, placement, store.read(q.shape[0], held)
 
     def crop(self, length: int) -> None:
         """Forget every sequence's tokens from position `length` on."""
@@ -164,6 +189,7 @@ class KVCache:
     def reorder(self, sequences: Indices) -> None:
         """Make sequence b of the batch what `sequences[b]` was; entries may repeat (beam search)."""
         order = torch.as_tensor(sequences, dtype=torch.int64, device="cpu")
+        self._reordered = zlib.crc32(order.numpy().tobytes(), self._reordered)
         for layer in self._layers:
             layer.reorder(order)
 
@@ -172,26 +198,31 @@ class KVCache:
             raise ValueError(f"layer must be one of the cache's {len(self._layers)}: got {layer}.")
         return self._layers[layer]
 
-    def _agree_on_shards(self, layer: int, k: Tensor, v: Tensor, layout: Layout) -> Placement:
+    def _agree_on_shards(self, layer: int, k: Tensor, v: Tensor, layout: str | Layout) -> Placement:
         def describe() -> dict[str, Any]:
             self._layer(layer).check(k, v)
             cached = self._layer(layer).lengths.tolist()
             shape = [*k.shape[:2], k.shape[3], v.shape[3]]
-            names = layout.describe()
+            names = as_layout(layout).describe()
             return {"call": "append", "layer": layer, "shape": shape, "layout": names, "lengths": cached}
 
         lengths = [length for _, length in agree_on(self.comm, describe, k, k)]
-        return Placement.of(layout, lengths, "new tokens")
+        return Placement.of(as_layout(layout), lengths, "new tokens", self._unit)
 
     def _assign(self, base: int | None, last: int, owners: Tensor | None) -> None:
         """Give the positions before `last` that lie nowhere yet to ranks: sharded from `base`, or in turn."""
         known = len(self._owners)
         if owners is None:
-            new = torch.arange(known, max(known, last)) % self.comm.size
+            new = self._in_turn(known, last)
         else:
             if base is None:
                 raise Unsupported(
                     "sharded tokens can't follow sequences of different lengths. Append them without layout."
+                )
+            if base % self._unit:
+                raise Unsupported(
+                    f"in a reproducible cache sharded tokens begin a segment of {self._unit} positions: "
+                    f"got tokens from position {base} on. Append them without layout."
                 )
             again = min(known, last) - base
             if not torch.equal(owners[:again], self._owners[base : base + again]):
@@ -199,6 +230,14 @@ class KVCache:
             new = owners[again : last - base]
         if len(new):
             self._owners = torch.cat([self._owners, new])
+
+    def _in_turn(self, first: int, last: int) -> Tensor:
+        """The ranks of positions that come one by one: unit after unit; one that has begun goes on where it is."""
+        new = torch.arange(first, max(first, last)) // self._unit % self.comm.size
+        begun = -first % self._unit
+        if begun:
+            new[:begun] = self._owners[-1]
+        return new
 
     def _positions(self, length: int, rank: int) -> Tensor:
         return (self._owners[:length] == rank).nonzero().flatten()

@@ -14,6 +14,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .errors import Mismatch, Unsupported
+from .tree import Node, spans
+
 Positions = Int[Tensor, " positions"]
 NAMES = ("contiguous", "zigzag", "striped")
 # What a rank's share of packed documents may lack or have too much if that saves cutting a document.
@@ -84,23 +87,36 @@ class Layout:
         """The layout as JSON values, for the agreement."""
         return [self.name, *self.weights, *self.documents]
 
-    def positions(self, length: int, rank: int, size: int) -> Positions:
-        """The global positions that `rank` of `size` holds of a sequence of `length`, increasing."""
+    def positions(self, length: int, rank: int, size: int, unit: int = 1) -> Positions:
+        """The global positions that `rank` of `size` holds of a sequence of `length`, increasing.
+
+        With a `unit` so many positions stay together: the layout gives units to ranks as it gives positions else.
+        """
         if self.name == "packed":
+            if unit > 1:
+                raise Unsupported(
+                    "Layout.packed cuts between units of positions: use contiguous, zigzag or striped."
+                )
             if length != self.documents[-1]:
                 raise ValueError(
                     f"Layout.packed is of {self.documents[-1]} positions: got a sequence of {length}."
                 )
             return _packed(self.documents, size)[rank]
+        units = -(-length // unit)
         if self.name == "striped":
-            return torch.arange(min(rank, length), length, size)
-        edges = self._edges(length, size)
-        chunks = [rank] if self.name == "contiguous" else [rank, 2 * size - 1 - rank]
-        return torch.cat([torch.arange(edges[chunk], edges[chunk + 1]) for chunk in chunks])
+            held = torch.arange(min(rank, units), units, size)
+        else:
+            edges = self._edges(units, size)
+            chunks = [rank] if self.name == "contiguous" else [rank, 2 * size - 1 - rank]
+            held = torch.cat([torch.arange(edges[chunk], edges[chunk + 1]) for chunk in chunks])
+        if unit == 1:
+            return held
+        positions = (held.unsqueeze(1) * unit + torch.arange(unit)).flatten()
+        return positions[positions < length]
 
-    def lengths(self, length: int, size: int) -> list[int]:
+    def lengths(self, length: int, size: int, unit: int = 1) -> list[int]:
         """How many positions each of `size` ranks holds of a sequence of `length`."""
-        return [len(self.positions(length, rank, size)) for rank in range(size)]
+        return [len(self.positions(length, rank, size, unit)) for rank in range(size)]
 
     def _edges(self, length: int, size: int) -> list[int]:
         if self.name == "weighted":
@@ -123,33 +139,60 @@ class Placement:
     positions: tuple[Positions, ...]
 
     @classmethod
-    def of(cls, layout: Layout, local_lengths: Sequence[int], what: str) -> Placement:
+    def of(cls, layout: Layout, local_lengths: Sequence[int], what: str, unit: int = 1) -> Placement:
         """The placement of a sequence of which each rank holds `local_lengths[rank]`.
 
-        Contiguous takes whatever lengths the ranks hold; the other layouts determine them.
+        Contiguous takes whatever lengths the ranks hold; the other layouts determine them, in whole units. A unit
+        is one position, or a segment of the fixed tree.
         Raises: ValueError where a rank holds another number than the layout gives it.
         """
         size, length = len(local_lengths), sum(local_lengths)
         if layout.name == "contiguous":
-            return cls(torch.split(torch.arange(length), list(local_lengths)))
-        expected = layout.lengths(length, size)
+            placement = cls(torch.split(torch.arange(length), list(local_lengths)))
+            return placement if unit == 1 else placement.of_whole_segments()
+        expected = layout.lengths(length, size, unit)
         if expected != list(local_lengths):
+            units = "" if unit == 1 else f", in whole segments of {unit},"
+            also = "" if unit == 1 else " and reproducible=True"
             raise ValueError(
-                f"layout {layout.name} over {size} ranks cuts {length} {what} into {expected}: "
-                f"got {list(local_lengths)}. Use shardsum.shard with the same layout."
+                f"layout {layout.name} over {size} ranks cuts {length} {what}{units} into {expected}: "
+                f"got {list(local_lengths)}. Use shardsum.shard with the same layout{also}."
             )
-        return cls(tuple(layout.positions(length, rank, size) for rank in range(size)))
+        return cls(tuple(layout.positions(length, rank, size, unit) for rank in range(size)))
 
     @classmethod
     def replicated(cls, lengths: Sequence[int]) -> Placement:
         """The placement of a sequence that every rank holds whole."""
         if len(set(lengths)) > 1:
-            raise ValueError(f"q_replicated needs the same queries on every rank: got {list(lengths)} queries.")
+            raise Mismatch(f"q_replicated needs the same queries on every rank: got {list(lengths)} queries.")
         return cls((torch.arange(lengths[0]),) * len(lengths))
 
     @property
     def length(self) -> int:
         return sum(len(positions) for positions in self.positions)
+
+    @functools.cached_property
+    def spans(self) -> tuple[list[tuple[Node, slice]], ...]:
+        """The nodes of the fixed tree that each rank holds, and where among its own each node's positions lie.
+
+        Raises: Unsupported where a segment is cut.
+        """
+        return tuple(spans(held, self._end) for held in self.positions)
+
+    def spans_of(self, rank: int, some: slice | Tensor) -> list[tuple[Node, slice]]:
+        """The same of some of one rank's positions, in whole segments; what it holds whole is found once."""
+        if isinstance(some, slice) and some == slice(None):
+            return self.spans[rank]
+        return spans(self.positions[rank][some], self._end)
+
+    @property
+    def _end(self) -> int:
+        return max((int(held[-1]) + 1 for held in self.positions if len(held)), default=0)
+
+    def of_whole_segments(self) -> Placement:
+        """Itself. Raises: Unsupported, on every rank alike, where a segment is cut."""
+        assert len(self.spans) == len(self.positions)
+        return self
 
 
 @functools.lru_cache(maxsize=16)  # each layer of a model asks

@@ -23,8 +23,8 @@ class Scores:
     """The scores of one call, of all rows and keys; or, once `localize`d, of some.
 
     Shapes: alibi_slopes (q_heads,); bias (batch or 1, q_heads or 1, rows, keys).
-    `head`, `rows`, `keys`, `own`: the first head, the global query and key indices, and each row's own position
-    among the keys (batch or 1, rows), of a localized one.
+    `sequence`, `head`, `rows`, `keys`, `own`: the first sequence and head, the global query and key indices, and
+    each row's own position among the keys (batch or 1, rows), of a localized one.
     """
 
     scale: float
@@ -33,6 +33,7 @@ class Scores:
     bias: Tensor | None = None
     dropout_p: float = 0.0
     seed: int = 0
+    sequence: int = 0
     head: int = 0
     rows: Int[Tensor, " rows"] | None = None
     keys: Int[Tensor, " keys"] | None = None
@@ -54,6 +55,23 @@ class Scores:
             return self
         bias = self.bias if self.bias is None else self.bias[:, :, rows]
         return replace(self, rows=self.rows[rows], own=self.own[:, rows], bias=bias)
+
+    def some_keys(self, keys: slice) -> Scores:
+        """The localized scores of some of the keys."""
+        if self.keys is None:
+            return self
+        return replace(self, keys=self.keys[keys], bias=self.bias if self.bias is None else self.bias[..., keys])
+
+    def some(self, sequence: int, head: int, rows: Tensor, keys: Tensor) -> Scores:
+        """The localized scores of one sequence and head, some of the rows and some of the keys."""
+        one = replace(self.some_heads(head, head + 1), sequence=self.sequence + sequence)
+        if self.rows is None or self.keys is None or self.own is None:
+            return one
+        bias = one.bias
+        if bias is not None:
+            bias = bias[sequence % len(bias)][None, :, rows.to(bias.device)][..., keys.to(bias.device)]
+        own = self.own[sequence % len(self.own), rows].unsqueeze(0)
+        return replace(one, rows=self.rows[rows], keys=self.keys[keys], own=own, bias=bias)
 
     def some_heads(self, head: int, head_end: int) -> Scores:
         """The scores of some of the heads."""
@@ -85,7 +103,8 @@ class Scores:
         batch, q_heads, device = scores.shape[0], scores.shape[1], scores.device
         heads = torch.arange(self.head, self.head + q_heads, device=device).view(-1, 1, 1)
         seed = torch.tensor(self.seed, device=device) * _STEP  # a tensor's integers wrap
-        word = _mixed(torch.arange(batch, device=device).view(-1, 1, 1, 1) + seed)
+        sequences = torch.arange(self.sequence, self.sequence + batch, device=device)
+        word = _mixed(sequences.view(-1, 1, 1, 1) + seed)
         for counter in (heads, self.rows.to(device).unsqueeze(-1), self.keys.to(device)):
             word = _mixed(word + (counter + 1) * _STEP)
         uniform = (word >> 40 & 0xFFFFFF).to(torch.float64) / (1 << 24)

@@ -12,12 +12,20 @@ from .collectives import MAXIMUM, Collective, as_collective, reduce_over_ranks
 from .comm import Communicator, agree_on, as_communicator
 from .layouts import Layout, Placement, as_layout
 from .problem import state_dtype
+from .tree import unit
 
 
 def shard(
-    x: Tensor, *, comm: Communicator | Any = None, dim: int = 2, layout: str | Layout = "contiguous"
+    x: Tensor,
+    *,
+    comm: Communicator | Any = None,
+    dim: int = 2,
+    layout: str | Layout = "contiguous",
+    reproducible: bool = False,
 ) -> Tensor:
     """This rank's part of `x`, which is whole on every rank: the positions of `dim` that the layout gives it.
+
+    `reproducible`: in whole segments of 256 positions, as `attention(..., reproducible=True)` needs them.
 
     Gradients: x receives its whole gradient on every rank: the backward pass is `unshard`.
 
@@ -25,14 +33,19 @@ def shard(
     tensor([0, 1, 2, 3])
     """
     comm = as_communicator(comm)
-    part: Tensor = _Shard.apply(x, comm, dim, as_layout(layout))  # type: ignore[no-untyped-call]
+    part: Tensor = _Shard.apply(x, comm, dim, as_layout(layout), bool(reproducible))  # type: ignore[no-untyped-call]
     return part
 
 
 def unshard(
-    x: Tensor, *, comm: Communicator | Any = None, dim: int = 2, layout: str | Layout = "contiguous"
+    x: Tensor,
+    *,
+    comm: Communicator | Any = None,
+    dim: int = 2,
+    layout: str | Layout = "contiguous",
+    reproducible: bool = False,
 ) -> Tensor:
-    """The whole of which every rank passes its part, on every rank: the inverse of `shard`.
+    """The whole of which every rank passes its part, on every rank: the inverse of `shard`, with its arguments.
 
     Gradients: the result is the same on every rank and counts once: the backward pass is `shard`.
     Traffic: each rank sends its part to every other.
@@ -42,21 +55,22 @@ def unshard(
     tensor([0, 1, 2, 3])
     """
     comm = as_communicator(comm)
-    layout = as_layout(layout)
 
     def describe() -> dict[str, Any]:
         others = [size for axis, size in enumerate(x.shape) if axis != dim % x.ndim]
-        names = layout.describe()
+        names = as_layout(layout).describe()
         return {
             "call": "unshard",
             "dim": dim % x.ndim,
             "layout": names,
+            "reproducible": bool(reproducible),
             "dtype": str(x.dtype),
             "sizes": others,
         }
 
     lengths = [length for length, _ in agree_on(comm, describe, x, x, dim)]
-    whole: Tensor = _Unshard.apply(x, comm, dim, Placement.of(layout, lengths, "positions"))  # type: ignore[no-untyped-call]
+    placement = Placement.of(as_layout(layout), lengths, "positions", unit(reproducible))
+    whole: Tensor = _Unshard.apply(x, comm, dim, placement)  # type: ignore[no-untyped-call]
     return whole
 
 
@@ -119,11 +133,10 @@ def global_value(
             raise ValueError(f"values must be floats: got {values.dtype}.")
         return {"call": kind, "dtype": str(values.dtype), "collective": as_collective(collective).name}
 
-    flat = values.reshape(-1)
-    counts = [count for count, _ in agree_on(comm, describe, flat, flat, 0)]
+    counts = [count for count, _ in agree_on(comm, describe, values, values, None)]
     if kind == "count":
         return torch.tensor(sum(counts), device=values.device)
-    by = as_collective(collective)
+    flat, by = values.reshape(-1), as_collective(collective)
     if kind == "max":
         flat = torch.cat([flat.detach().double(), flat.new_tensor([-torch.inf], dtype=torch.float64)])
         return reduce_over_ranks(comm, flat.amax(), by, MAXIMUM).to(state_dtype(values.dtype))
@@ -173,14 +186,14 @@ def _sum_of_weighted(weights: Tensor, values: Tensor) -> Tensor:
 
 class _Shard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Communicator, dim: int, layout: Layout) -> Tensor:
-        ctx.comm, ctx.dim, ctx.layout = comm, dim, layout
-        positions = layout.positions(x.shape[dim], comm.rank, comm.size)
+    def forward(ctx: Any, x: Tensor, comm: Communicator, dim: int, layout: Layout, reproducible: bool) -> Tensor:
+        ctx.options = {"comm": comm, "dim": dim, "layout": layout, "reproducible": reproducible}
+        positions = layout.positions(x.shape[dim], comm.rank, comm.size, unit(reproducible))
         return x.index_select(dim, positions.to(x.device))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return unshard(gradient, comm=ctx.comm, dim=ctx.dim, layout=ctx.layout), None, None, None
+        return unshard(gradient, **ctx.options), None, None, None, None
 
 
 class _Unshard(torch.autograd.Function):

@@ -57,6 +57,7 @@ def expected(folder: Path, **mask: object) -> Tensor:
         ("-n 2 --causal --window 7,", {"causal": True, "window": (7, None)}),
         ("-n 2 --key-range 3,30", {"key_range": ([3, 3], [30, 30])}),
         ("-n 2 --key-range ,30 --kernel reference", {"key_range": ([0, 0], [30, 30])}),
+        ("-n 3 --causal --reproducible --layout zigzag", {"causal": True}),
         ("-n 2 --causal --q-start 5", {"causal": True, "q_start": 5}),
     ],
 )
@@ -85,7 +86,7 @@ def test_over_processes_from_safetensors(capsys: Capture, folder: Path, tmp_path
     assert_close(out, reference, 2**-8, "bfloat16 output")
 
 
-@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpiexec", marks=pytest.mark.nightly)])
 def test_under_a_launcher(folder: Path, tmp_path: Path, launcher: str) -> None:
     output = tmp_path / "out.npy"
     # torchrun takes --v for an abbreviation of an option of its own; -v is ours.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
-from shardsum.kernels import NativeKernel, as_kernel, operators, why_not_native
+from shardsum.kernels import NativeKernel, as_kernel, compiled, why_not_native
 
 from .run import shardsum
 
@@ -18,10 +20,20 @@ def test_it_names_the_kernel_that_is_used(capsys: pytest.CaptureFixture[str]) ->
     assert "instruction sets" in shardsum(capsys, "doctor").out
 
 
+def test_it_says_what_becomes_of_the_others_when_a_rank_of_mpi_dies(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "of your own pass it too" in shardsum(capsys, "doctor", "--json").json["mpi_lost_ranks"]
+    module = importlib.import_module("shardsum.cli.doctor")  # the package has a command of that name
+    for found, words in (("true", "ends the whole job"), (None, "no mpiexec")):  # `true` is no Open MPI
+        monkeypatch.setattr(module, "find_mpiexec", lambda found=found: found)
+        assert words in shardsum(capsys, "doctor", "--json").json["mpi_lost_ranks"]
+
+
 def test_without_native_kernels_it_says_why(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operators, "native_module", lambda: None)
+    monkeypatch.setattr(compiled, "native_module", lambda: None)
     found = shardsum(capsys, "doctor", "--json").json
     assert found["kernel_on_cpu"] == "aten"
     assert found["native_kernels"] == why_not_native()

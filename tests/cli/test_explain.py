@@ -41,7 +41,7 @@ def test_the_plain_sum(capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["partial_sums"], found["result"]) == ([[400], [400], [500]], [1300])
 
 
-@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpiexec", marks=pytest.mark.nightly)])
 def test_under_a_launcher(launcher: str) -> None:
     done = launched(launcher, "explain", "--numbers", "1,2/3,4", "--json")
     assert done.status == 0, done.err

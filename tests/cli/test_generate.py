@@ -58,7 +58,7 @@ def test_the_table(capsys: Capture, folder: Path) -> None:
     assert alone["answer"].split()[0] in done.out
 
 
-@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+@pytest.mark.parametrize("launcher", ["mpiexec", pytest.param("torchrun", marks=pytest.mark.nightly)])
 def test_under_a_launcher(folder: Path, launcher: str) -> None:
     done = launched(launcher, *command(folder, "--json"))
     assert done.status == 0, done.err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 from torch import Tensor
 
@@ -11,12 +13,16 @@ from shardsum.strategies import STRATEGIES, Call, Ring
 
 from .run import shardsum
 
+verify = importlib.import_module("shardsum.cli.verify")  # the package has a command of that name
 
-def test_all_is_right(capsys: pytest.CaptureFixture[str]) -> None:
+
+def test_all_is_right(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    some = ("causal window", "documents", "earlier queries")  # tests/distributed has them all
+    monkeypatch.setattr(verify, "MASKS", {name: verify.MASKS[name] for name in some})
     done = shardsum(capsys, "verify", "-n", 2, "--transport", "threads", "--json")
     assert done.status == 0, done.out
     (result,) = done.json["results"]
-    assert result["cases"] == 6 * 4 * 8 * 4 * 2
+    assert result["cases"] == 6 * 4 * len(some) * 4 * 2
     assert {(s, layout) for s, row in result["largest_error"].items() for layout in row} == {
         (s, layout) for s in STRATEGIES for layout in ("contiguous", "zigzag", "striped", "weighted")
     }
@@ -25,10 +31,20 @@ def test_all_is_right(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(traffic) == 3 * 2 * 6
     assert all(row["as_declared"] for row in traffic.values())
     # Of the other half's 240 keys rank 1 sees 63, each 2 heads of 40 float32 numbers; rank 0 sees none.
+    digests = result["digests"]
+    assert len(digests) == 3 * 6
+    assert all(row["as_alone"] for row in digests)
+    assert len({row["digest"] for row in digests}) == 1
     window = traffic["window 64", "contiguous", "ring"]
     assert window["lower_bound_bytes"] == window["forward"]["counted_bytes"] == 63 * 2 * 40 * 4
 
 
+@pytest.fixture
+def one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "MASKS", {"causal": verify.MASKS["causal"]})
+
+
+@pytest.mark.usefixtures("one_mask")
 def test_a_wrong_strategy_is_found(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     right = Ring.forward
 
@@ -45,6 +61,7 @@ def test_a_wrong_strategy_is_found(capsys: pytest.CaptureFixture[str], monkeypat
     assert "strategy ring" in done.out
 
 
+@pytest.mark.usefixtures("one_mask")
 def test_traffic_that_was_not_declared_is_found(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,4 +77,19 @@ def test_traffic_that_was_not_declared_is_found(
     assert done.status == 1
     assert not done.json["ok"]
     wrong = {row["strategy"] for row in done.json["results"][0]["traffic"] if not row["as_declared"]}
+    assert wrong == {"ring", "hybrid"}
+
+
+@pytest.mark.usefixtures("one_mask")
+def test_other_bits_are_found(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Ring.forward
+
+    def off(self: Ring, call: Call) -> AttentionState:
+        state = right(self, call)
+        return AttentionState(state.out * (1 + 2**-23), state.lse) if call.reproducible else state
+
+    monkeypatch.setattr(Ring, "forward", off)
+    done = shardsum(capsys, "verify", "-n", 2, "--transport", "threads", "--json")
+    assert done.status == 1
+    wrong = {row["strategy"] for row in done.json["results"][0]["digests"] if not row["as_alone"]}
     assert wrong == {"ring", "hybrid"}

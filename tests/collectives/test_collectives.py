@@ -30,6 +30,7 @@ from shardsum.collectives import (
 )
 from shardsum.comm import Communicator, Traffic
 from shardsum.comm.threads import Hub, ThreadCommunicator
+from shardsum.kernels import merging, pack, unpack
 
 from ..tolerances import assert_close
 
@@ -96,7 +97,8 @@ def test_states_on_every_rank_are_the_union_bit_for_bit(name: str, size: int) ->
 
 @pytest.mark.parametrize("name", MADE)
 def test_states_without_the_native_merge(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "native_module", lambda: None)
+    for module in (operations, merging):
+        monkeypatch.setattr(module, "native_module", lambda: None)
     check_states(name, 5, 7, torch.float32)
 
 
@@ -220,16 +222,16 @@ def test_nan_reaches_every_rank_and_no_other_row() -> None:
 
 def test_native_merge_is_that_of_the_definition() -> None:
     for dtype in (torch.float32, torch.float64):
-        a, b = (operations.pack(part(rank, 200, dtype)) for rank in (1, 2))
+        a, b = (pack(part(rank, 200, dtype)) for rank in (1, 2))
         into = torch.empty_like(a)
         MERGE.combine(a, b, into)
         swapped = torch.empty_like(a)
         MERGE.combine(b, a, swapped)
-        expected = shardsum.merge(operations.unpack(a), operations.unpack(b))
+        expected = shardsum.merge(unpack(a), unpack(b))
         assert_close(into[:, :-1], expected.out, 1e-6 if dtype == torch.float32 else 1e-14, "out")
         assert_close(into[:, -1], expected.lse, 1e-6 if dtype == torch.float32 else 1e-14, "lse")
         assert torch.equal(into, swapped), "commutative to the bit"
-        empty = operations.pack(AttentionState.empty(200, V_DIM, dtype=dtype))
+        empty = pack(AttentionState.empty(200, V_DIM, dtype=dtype))
         MERGE.combine(a, empty, into)
         assert torch.equal(into, a)
         a[5, 0] = math.nan

@@ -102,7 +102,7 @@ def _communicators(comm: Communicator, directory: str, number: int) -> list[Comm
     if comm.transport == "mpi":
         return [MpiCommunicator(deadline_seconds=0.5) for _ in range(number)]
     stores = [FileStore(f"{directory}/store.{i}", comm.size) for i in range(number)]
-    made = [connect_gloo(store, comm.rank, comm.size, 60.0, loopback=True) for store in stores]
+    made = [connect_gloo(store, comm.rank, comm.size, 60.0, interfaces=["lo"]) for store in stores]
     for each in made:
         each.deadline_seconds = 0.5
     return list(made)

@@ -13,13 +13,13 @@ from shardsum import AttentionState, Layout, Mismatch, NonFiniteWarning, RankLos
 from shardsum.comm import Communicator
 from shardsum.strategies import STRATEGIES, as_strategy
 
-from .cases import MASKS, Case, Recorded, layout_of, run_all, run_case, supported
+from .cases import MASKS, Case, Recorded, layout_of, run_all, run_case
 
 # Cases with a NaN in a visible key are among them: that they warn is tested below.
 pytestmark = pytest.mark.filterwarnings("ignore::shardsum.NonFiniteWarning")
 
 
-@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.nightly), 5])
+@pytest.mark.parametrize("size", [1, 2, 3, pytest.param(5, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("which", ["matrix", "corners"])
 def test_against_float64_on_every_rank(size: int, which: str) -> None:
     counts = launch(run_all, ranks=size, transport="threads", args=(which,))
@@ -62,23 +62,39 @@ def test_replicated_queries_give_the_same_bits_on_every_rank(strategy: str) -> N
         assert torch.equal(first.lse, other.lse)
 
 
-def test_a_rank_whose_sum_is_not_finite_is_named() -> None:
-    def run(comm: Communicator, strategy: str) -> torch.Tensor:
-        x = torch.randn(1, 1, 4, 3)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_a_rank_whose_sum_is_not_finite_is_named(strategy: str, bad: float) -> None:
+    def run(comm: Communicator) -> torch.Tensor:
+        x = torch.randn(2, 3, 4, 3)
         v = x.clone()
         if comm.rank == 1:
-            v[0, 0, 2, 0] = torch.nan
-        out: torch.Tensor = shardsum.attention(x, x, v, comm=comm, strategy=strategy)
+            v[1, 2, 2, 0] = bad
+        out: torch.Tensor = shardsum.attention(x, x, v, comm=comm, strategy=strategy, kernel="aten")
         return out
 
-    for strategy in sorted(STRATEGIES):
-        if not supported(strategy, 3, 1):
-            continue
-        over = f"over the keys of rank {'1' if strategy != 'hybrid' else '.'} gave NaN or Inf, first at"
-        with pytest.warns(NonFiniteWarning, match=over):
-            outs = launch(run, ranks=3, transport="threads", args=(strategy,))
-        # Spread, not dropped: every row sees that value.
-        assert all(bool(out[..., 0].isnan().all() and out[..., 1:].isfinite().all()) for out in outs)
+    holder = {"ulysses": "node 0", "hybrid": "node 1"}.get(strategy, "rank 1")
+    finder = "2" if strategy == "ulysses" else "1" if strategy in ("all_reduce", "pass_q") else "[012]"
+    named = (
+        rf"^rank {finder}, call 1, attention: the attention over the keys of {holder} gave NaN or Inf, "
+        r"first at \(batch, head, row\) \(1, 2, 0\) of the queries of (rank|node) [012]"
+    )
+    with pytest.warns(NonFiniteWarning, match=named):
+        outs = launch(run, ranks=3, transport="threads")
+    # Spread, not dropped: every row of that head sees that value, and nothing else does.
+    for out in outs:
+        assert not out[1, 2, :, 0].isfinite().any()
+        out[1, 2, :, 0] = 0.0
+        assert out.isfinite().all()
+
+
+def test_a_cache_that_is_not_finite_names_its_layer() -> None:
+    cache = shardsum.KVCache(layers=2, kv_heads=1, head_dim=2)
+    for layer in range(2):
+        cache.append(layer, torch.ones(1, 1, 3, 2), torch.full((1, 1, 3, 2), torch.nan if layer else 1.0))
+        cache.attend(0, torch.ones(1, 1, 1, 2))
+    with pytest.warns(NonFiniteWarning, match=r"rank 0, call \d+, KVCache.attend in layer 1: .* \(0, 0, 0\)"):
+        cache.attend(1, torch.ones(1, 1, 1, 2))
 
 
 def mistaken(comm: Communicator, change: str) -> str:
@@ -116,8 +132,8 @@ def test_ranks_that_ask_for_different_things_all_hear_the_same(change: str) -> N
 
 def test_one_ranks_mistake_reaches_all_instead_of_a_hang() -> None:
     messages = launch(mistaken, ranks=3, transport="threads", args=("value",))
-    assert messages[1].startswith("window must be (left, right)")
-    assert messages[0] == messages[2] == f"rank 1 could not take part: ValueError: {messages[1]}"
+    assert messages[0].startswith("rank 1 could not take part: ValueError: window must be (left, right)")
+    assert len(set(messages)) == 1
 
 
 def test_shards_that_the_layout_does_not_cut_are_refused_on_every_rank() -> None:
@@ -172,7 +188,7 @@ def test_one_ranks_wrong_type_reaches_all_instead_of_a_hang(transport: str) -> N
     messages = launch(wrong_types, ranks=2, transport=transport, deadline=20)
     for own, other in zip(*messages, strict=True):
         assert other.startswith("rank 0 could not take part: ")
-        assert own in other
+        assert own == other
 
 
 def wrong_types(comm: Communicator) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,21 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from shardsum import AttentionState, launch, state
+from shardsum import AttentionState, attend, launch, state
 from shardsum.collectives import Operation, operations, sums
 from shardsum.comm import Communicator
 from shardsum.comm.threads import ThreadCommunicator
-from shardsum.kernels import Gradients, OutputGradient, aten
+from shardsum.kernels import OutputGradient, aten
 from shardsum.masks import Mask
-from shardsum.strategies import all_gather, all_reduce, circulation, ring
-from shardsum.strategies.base import Call
+from shardsum.strategies import circulation, order, ring
+from shardsum.strategies.call import Call, Contribution
 
 from .cases import Case, run_case
 from .random_problems import check, plain
 
 pytestmark = pytest.mark.filterwarnings("ignore::shardsum.NonFiniteWarning")
 
-attention = importlib.import_module("shardsum.attention")  # the package has a function of that name
 operator = aten._operator
 merge = state.merge
 
@@ -92,7 +90,7 @@ def two_empty_states_merge_to_nan(patch: pytest.MonkeyPatch) -> None:
         out = a.out * (a.lse - lse).exp().unsqueeze(-1) + b.out * (b.lse - lse).exp().unsqueeze(-1)
         return AttentionState(out, lse)
 
-    for module in (aten, ring, all_gather):
+    for module in (aten, order):
         patch.setattr(module, "merge", naive)
     patch.setattr(state, "merge", naive)
 
@@ -111,7 +109,7 @@ def the_rank_is_a_cached_global(patch: pytest.MonkeyPatch) -> None:
 
 def the_states_go_to_the_wrong_rows(patch: pytest.MonkeyPatch) -> None:
     scatter = sums.reduce_scatter_states
-    patch.setattr(all_reduce, "reduce_scatter_states", lambda comm, states: scatter(comm, states[::-1]))
+    patch.setattr(order, "reduce_scatter_states", lambda comm, states: scatter(comm, states[::-1]))
 
 
 def keys_of_an_uneven_shard_are_cut_to_the_shortest(patch: pytest.MonkeyPatch) -> None:
@@ -160,31 +158,35 @@ def test_the_suite_sees(bug: Callable[[pytest.MonkeyPatch], None], monkeypatch: 
 def backward_takes_lse_as_zero(patch: pytest.MonkeyPatch) -> None:
     backward = Call.partial_backward
 
-    def zero(self: Call, q: Any, k: Any, v: Any, gradient: OutputGradient, **where: Any) -> Gradients:
+    def zero(self: Call, q: Any, k: Any, v: Any, gradient: OutputGradient, **where: Any) -> Contribution:
         return backward(self, q, k, v, replace(gradient, lse=gradient.lse * 0), **where)
 
     patch.setattr(Call, "partial_backward", zero)
 
 
-def _changed(change: Callable[[Gradients], Gradients]) -> Callable[[pytest.MonkeyPatch], None]:
+def _changed(change: Callable[[torch.Tensor, torch.Tensor], Any]) -> Callable[[pytest.MonkeyPatch], None]:
     def bug(patch: pytest.MonkeyPatch) -> None:
         backward = Call.partial_backward
-        patch.setattr(Call, "partial_backward", lambda *args, **where: change(backward(*args, **where)))
+
+        def changed(*args: Any, **where: Any) -> Contribution:
+            found = backward(*args, **where)
+            assert isinstance(found.kv, torch.Tensor)
+            return replace(found, kv=torch.cat(change(*found.kv.chunk(2, dim=3)), dim=3))
+
+        patch.setattr(Call, "partial_backward", changed)
 
     return bug
 
 
-dk_is_dk_plus_dv = _changed(lambda g: Gradients(g.q, g.k + g.v, g.v))
-dk_and_dv_are_swapped = _changed(lambda g: Gradients(g.q, g.v, g.k))
-dk_and_dv_are_rounded_to_bfloat16 = _changed(
-    lambda g: Gradients(g.q, g.k.bfloat16().float(), g.v.bfloat16().float())
-)
+dk_is_dk_plus_dv = _changed(lambda k, v: (k + v, v))
+dk_and_dv_are_swapped = _changed(lambda k, v: (v, k))
+dk_and_dv_are_rounded_to_bfloat16 = _changed(lambda k, v: (k.bfloat16().float(), v.bfloat16().float()))
 
 
 def the_ring_uses_stale_keys(patch: pytest.MonkeyPatch) -> None:
     backward = Call.partial_backward
 
-    def stale(self: Call, q: Any, k: Any, v: Any, gradient: Any, **where: Any) -> Gradients:
+    def stale(self: Call, q: Any, k: Any, v: Any, gradient: Any, **where: Any) -> Contribution:
         same = self.k.shape == k.shape
         return backward(self, q, self.k if same else k, self.v if same else v, gradient, **where)
 
@@ -202,13 +204,13 @@ def the_ring_drops_a_hop_of_gradients(patch: pytest.MonkeyPatch) -> None:
 
 def gradients_go_to_the_wrong_rows(patch: pytest.MonkeyPatch) -> None:
     scatter = sums.sum_scatter
-    patch.setattr(all_reduce, "sum_scatter", lambda comm, parts: scatter(comm, parts[::-1]))
+    patch.setattr(order, "sum_scatter", lambda comm, parts: scatter(comm, parts[::-1]))
 
 
 def delta_forgets_the_gradient_of_lse(patch: pytest.MonkeyPatch) -> None:
-    backward = attention._Attend.backward
+    backward = attend._Attend.backward
     patch.setattr(
-        attention._Attend, "backward", staticmethod(lambda ctx, d_out, d_lse: backward(ctx, d_out, d_lse * 0))
+        attend._Attend, "backward", staticmethod(lambda ctx, d_out, d_lse: backward(ctx, d_out, d_lse * 0))
     )
 
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from shardsum.kernels.compiled import DECODE_ROWS, instruction_sets
 from shardsum.kernels.native import NativeKernel
-from shardsum.kernels.operators import DECODE_ROWS, instruction_sets
 from shardsum.scores import Scores
 from shardsum.state import AttentionState
 
@@ -20,6 +20,14 @@ from ..tolerances import ROUNDED_WEIGHTS, STATE, assert_close
 
 each_dtype = pytest.mark.parametrize("dtype", list(STATE))
 each_instruction_set = pytest.mark.parametrize("isa", instruction_sets())
+# The best and the plainest; those between at night.
+best_and_plainest = pytest.mark.parametrize(
+    "isa",
+    [
+        pytest.param(isa, marks=pytest.mark.nightly if 0 < i < len(instruction_sets()) - 1 else ())
+        for i, isa in enumerate(instruction_sets())
+    ],
+)
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

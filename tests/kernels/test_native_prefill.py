@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardsum.kernels.compiled import DECODE_ROWS
 from shardsum.kernels.native import NativeKernel
-from shardsum.kernels.operators import DECODE_ROWS
 from shardsum.scores import Scores
 
 from .. import dense

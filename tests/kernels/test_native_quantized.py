@@ -8,18 +8,58 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from shardsum.kernels.compiled import DECODE_ROWS
 from shardsum.kernels.native import NativeKernel
-from shardsum.kernels.operators import DECODE_ROWS
 from shardsum.quantized import Quantized
 from shardsum.scores import Scores
 
-from ..tolerances import STATE
+from .. import dense
+from ..tolerances import OF_16_BITS, STATE, relative_norm
 from .native import causal, check_state, each_instruction_set, normal
 
 
 def quantized(seed: int, *shape: int) -> Quantized:
     return Quantized.of(normal(seed, *shape) * torch.logspace(-0.5, 0.3, shape[2]).unsqueeze(1))
+
+
+def of_16_bits(q: Tensor) -> Tensor:
+    """The queries that products of integers take: each row's largest element as 32767, computed in float32."""
+    factor = q.float().abs().amax(dim=3, keepdim=True) / 32767
+    return (q.float() * (1 / factor)).round() * factor
+
+
+def check_quantized(
+    isa: str, q: Tensor, k: Quantized, v: Quantized, lo: Tensor, hi: Tensor, scores: Scores, **options: object
+) -> None:
+    state = NativeKernel(isa).forward_quantized(q, k, v, lo, hi, scores)
+    exact = [x.dequantized(torch.float64) for x in (k, v)]
+    integers = isa in ("amx", "avx512_bf16") and q.dtype != torch.float64
+    tolerance = OF_16_BITS if integers else STATE[q.dtype]
+    check_state(state, tolerance, of_16_bits(q) if integers else q, *exact, lo, hi, scores, **options)
+
+
+@each_instruction_set
+def test_queries_and_values_of_any_size(isa: str) -> None:
+    q = normal(0, 1, 4, 1, 64, dtype=torch.float32) * torch.tensor([1e-30, 1e-3, 1.0, 0.0]).view(1, 4, 1, 1)
+    k, v = quantized(1, 1, 4, 300, 64), quantized(2, 1, 4, 300, 64)
+    k, v = Quantized(k.numbers, k.scales * 10), Quantized(v.numbers, v.scales * 1e-20)
+    lo, hi = causal(1, 300)
+    state = NativeKernel(isa).forward_quantized(q, k, v, lo, hi, Scores(0.125))
+    exact = [x.dequantized(torch.float64) for x in (k, v)]
+    expected, _ = dense.attention(q, *exact, torch.ones(1, 1, 300).bool(), 0.125)
+    for head in range(4):
+        assert relative_norm(state.out[:, head].double(), expected[:, head]) < 1e-3
+
+
+@each_instruction_set
+def test_what_is_not_finite_shows(isa: str) -> None:
+    q, k, v = normal(0, 1, 4, 1, 64, dtype=torch.float32), quantized(1, 1, 4, 100, 64), quantized(2, 1, 4, 100, 64)
+    q[0, 0, 0, 3], k.scales[0, 1, 70], v.scales[0, 2, 70] = math.nan, math.nan, math.nan
+    lo, hi = causal(1, 100)
+    out = NativeKernel(isa).forward_quantized(q, k, v, lo, hi, Scores(0.125)).out
+    assert out.isnan().all(dim=3).flatten().tolist() == [True, True, True, False]
 
 
 @each_instruction_set
@@ -42,9 +82,7 @@ def test_any_shape_interval_dtype_stride_and_option(isa: str, data: st.DataObjec
     lo, hi = bounds.sort(dim=0).values if draw(st.booleans()) else causal(q_len, kv_len)
     softcap = draw(st.sampled_from([None, 0.5, 20.0]))
     scores = Scores(draw(st.sampled_from([1.0, -0.7])) / math.sqrt(head_dim), softcap=softcap)
-    state = NativeKernel(isa).forward_quantized(q, k, v, lo, hi, scores)
-    exact = [x.dequantized(torch.float64) for x in (k, v)]
-    check_state(state, STATE[dtype], q, *exact, lo, hi, scores, softcap=softcap)
+    check_quantized(isa, q, k, v, lo, hi, scores, softcap=softcap)
 
 
 @each_instruction_set
@@ -71,6 +109,4 @@ def test_dropout_keeps_what_scores_says(isa: str) -> None:
     lo, hi = causal(3, 900)
     scores = Scores(0.25, dropout_p=0.3, seed=9, head=1, rows=torch.arange(3) * 3, keys=torch.arange(900) + 7)
     kept = scores.kept(torch.zeros(2, 4, 3, 900, dtype=torch.float64))
-    exact = [x.dequantized(torch.float64) for x in (k, v)]
-    state = NativeKernel(isa).forward_quantized(q, k, v, lo, hi, scores)
-    check_state(state, STATE[torch.float32], q, *exact, lo, hi, scores, kept=kept)
+    check_quantized(isa, q, k, v, lo, hi, scores, kept=kept)

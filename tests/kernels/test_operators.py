@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from shardsum.errors import Unsupported
-from shardsum.kernels.operators import LARGEST_DIM, attention_backward, attention_forward
+from shardsum.kernels.compiled import LARGEST_DIM
+from shardsum.kernels.operators import attention_backward, attention_forward
 from shardsum.scores import Scores
 
 from .. import dense

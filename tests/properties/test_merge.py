@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardsum import AttentionState, merge
-from shardsum.collectives import MERGE, combine_all, pack, unpack
+from shardsum.collectives import MERGE, combine_all
+from shardsum.kernels import pack, unpack
 
 from ..tolerances import assert_close
 

@@ -68,7 +68,7 @@ def _times(comm: Communicator, store: str, queries: int, repetitions: int) -> di
     gloo: TorchCommunicator | None = comm if isinstance(comm, TorchCommunicator) else None
     if comm.transport == "mpi":
         sides |= _raw_mpi(queries)
-        gloo = connect_gloo(FileStore(store, comm.size), comm.rank, comm.size, comm.deadline_seconds, True)
+        gloo = connect_gloo(FileStore(store, comm.size), comm.rank, comm.size, comm.deadline_seconds, ["lo"])
         sides |= _sides(gloo, queries)
     if gloo is not None:
         sides |= _raw_gloo(gloo, queries)

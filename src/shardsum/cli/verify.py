@@ -20,6 +20,7 @@ from ..layouts import Layout
 from ..sharding import shard
 from ..strategies import STRATEGIES
 from .common import console, launchers_rank, on_ranks, print_json, progress, rank_options
+from .digests import check_digests, digest_table
 from .traffic import check_traffic, traffic_table
 
 RANKS = 3
@@ -46,7 +47,8 @@ def verify(ranks: int | None, transport: str | None, as_json: bool) -> int | Non
     """Check every strategy, layout, mask and transport that this machine has against float64, on every rank.
 
     And the bytes that each strategy declares against those that are counted, beside the least that rows need:
-    the keys and values that they see and their rank does not hold.
+    the keys and values that they see and their rank does not hold. And the bits of reproducible attention and its
+    gradients against those of one rank.
     Exit status 1 if anything is wrong.
 
     \b
@@ -63,11 +65,13 @@ def verify(ranks: int | None, transport: str | None, as_json: bool) -> int | Non
         return None
     failures = [failure for one in results for failure in one["failures"]]
     ok = not failures and all(row["as_declared"] for one in results for row in one["traffic"])
+    ok = ok and all(row["as_alone"] for one in results for row in one["digests"])
     if as_json:
         print_json({"tolerance": TOLERANCE, "ok": ok, "results": results})
     else:
         _show(results, failures)
         _show_traffic(results)
+        _show_digests(results)
     return None if ok else 1
 
 
@@ -121,6 +125,7 @@ def check_all(comm: Communicator) -> dict[str, Any]:
             if not error <= TOLERANCE
         ],
         "traffic": check_traffic(comm),
+        "digests": check_digests(comm),
     }  # fmt: skip
 
 
@@ -169,3 +174,12 @@ def _show_traffic(results: list[dict[str, Any]]) -> None:
         f"{sum(right)} of {len(right)} times, over {names}, each rank's bytes, messages and rounds were as "
         "declared. Lower bound: the keys and values that rows see and their rank lacks."
     )
+
+
+def _show_digests(results: list[dict[str, Any]]) -> None:
+    out = console()
+    out.print()
+    out.print(digest_table(results))
+    equal = [row["as_alone"] for one in results for row in one["digests"]]
+    size = results[0]["ranks"]
+    out.print(f"{sum(equal)} of {len(equal)} times, {size} ranks gave every bit of one rank's out, dq, dk and dv.")

@@ -8,7 +8,7 @@ from .auto import Auto
 from .base import Collective, slices
 from .bound import least_bytes, least_messages, least_rounds
 from .exchange import KaryExchange, RecursiveDoubling
-from .operations import MAXIMUM, MERGE, SUM, Operation, combine_all, pack, unpack
+from .operations import MAXIMUM, MERGE, SUM, Operation, combine_all
 from .rabenseifner import Rabenseifner
 from .ring import RingReduce
 from .sums import all_reduce_states, reduce_over_ranks, reduce_scatter_states, sum_scatter
@@ -46,12 +46,10 @@ __all__ = [
     "least_bytes",
     "least_messages",
     "least_rounds",
-    "pack",
     "reduce_over_ranks",
     "reduce_scatter_states",
     "slices",
     "sum_scatter",
-    "unpack",
 ]
 
 

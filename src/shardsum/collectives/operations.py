@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.operators import native_module
-from ..state import AttentionState, merge
+from ..kernels.compiled import native_module
+from ..kernels.merging import merge_packed
+from ..state import AttentionState
 
 
 @dataclass(frozen=True)
@@ -21,17 +22,6 @@ class Operation:
 
     name: str
     combine: Callable[[Tensor, Tensor, Tensor], None]
-
-
-def pack(state: AttentionState) -> Tensor:
-    """The state as one tensor: lse is one more component of each row."""
-    return torch.cat([state.out, state.lse.unsqueeze(-1)], dim=-1)
-
-
-def unpack(packed: Tensor) -> AttentionState:
-    """The state that `pack` made this tensor of."""
-    v_dim = packed.shape[-1] - 1
-    return AttentionState(packed.narrow(-1, 0, v_dim), packed.select(-1, v_dim))
 
 
 def pack_into(state: AttentionState, packed: Tensor) -> None:
@@ -59,17 +49,6 @@ def _natively(name: str, state: AttentionState, packed: Tensor) -> bool:
     return True
 
 
-def _merge(a: Tensor, b: Tensor, into: Tensor) -> None:
-    native = native_module() if a.is_cpu else None
-    if native is not None:
-        wide = 3 if a.dtype == torch.float64 else 0
-        native.merge(wide, a.data_ptr(), b.data_ptr(), into.data_ptr(), a.shape[0], a.shape[1])
-        return
-    merged = merge(unpack(a), unpack(b))
-    into[..., :-1].copy_(merged.out)
-    into[..., -1].copy_(merged.lse)
-
-
 def _add(a: Tensor, b: Tensor, into: Tensor) -> None:
     torch.add(a, b, out=into)
 
@@ -78,7 +57,7 @@ def _maximum(a: Tensor, b: Tensor, into: Tensor) -> None:
     torch.maximum(a, b, out=into)
 
 
-MERGE = Operation("merge", _merge)
+MERGE = Operation("merge", merge_packed)
 SUM = Operation("sum", _add)
 MAXIMUM = Operation("maximum", _maximum)
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..comm import Communicator
+from ..kernels import pack, unpack
 from ..state import AttentionState
 from .base import Collective
-from .operations import MERGE, SUM, Operation, combine_all, pack, pack_into, unpack, unpack_into
+from .operations import MERGE, SUM, Operation, combine_all, pack_into, unpack_into
 
 
 def all_reduce_states(comm: Communicator, state: AttentionState, collective: Collective) -> AttentionState:

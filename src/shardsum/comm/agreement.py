@@ -18,8 +18,9 @@ from torch import Tensor
 from ..errors import Mismatch
 from .base import Communicator
 
-_HEADER = struct.Struct("<4sHHqqq16s16x")  # magic, version, failed, q_len, kv_len, description bytes, digest
-_MAGIC, _VERSION = b"ssum", 1
+# Magic, version, failed, call number, epoch, q_len, kv_len, description bytes, digest.
+_HEADER = struct.Struct("<4sHHqqqqq16s")
+_MAGIC, _VERSION = b"ssum", 2
 _MAX_DESCRIPTION_BYTES = 1 << 16
 
 
@@ -33,10 +34,13 @@ def agree(
     """Every rank's (q_len, kv_len), once all ranks were found to make the same `call`.
 
     `call` names every argument that must be equal, as JSON values. A rank whose own arguments are wrong passes
-    its `error` instead of leaving the others to wait.
+    its `error` instead of leaving the others to wait. Calls are counted, so that a rank which gave one up, and is
+    at another than the others, is found too; so is one whose `comm.epoch` is another.
     Traffic: 64 bytes to each other rank; a second all-gather, of the descriptions, only on a mismatch.
-    Raises: Mismatch on every rank, naming the argument, its values and the ranks; `error` where it was given.
+    Raises: Mismatch, the same on every rank, naming the argument, its values and the ranks; `error` where every
+    rank gave its own.
     """
+    comm.calls += 1
     text = ""
     if error is None:
         try:
@@ -48,25 +52,29 @@ def agree(
     description = text.encode()
     digest = hashlib.blake2b(description, digest_size=16).digest()
     description = description[:_MAX_DESCRIPTION_BYTES]
-    header = _HEADER.pack(_MAGIC, _VERSION, error is not None, q_len, kv_len, len(description), digest)
     if comm.size == 1:
         if error is not None:
             raise error
         return [(q_len, kv_len)]
+    header = _HEADER.pack(
+        _MAGIC, _VERSION, error is not None, comm.calls, comm.epoch, q_len, kv_len, len(description), digest
+    )
     gathered = comm.all_gather(torch.frombuffer(bytearray(header), dtype=torch.uint8))
     headers = [_HEADER.unpack(part.numpy().tobytes()) for part in gathered]
     for rank, (magic, version, *_) in enumerate(headers):
         if (magic, version) != (_MAGIC, _VERSION):
             raise Mismatch(f"rank {rank} does not speak shardsum's protocol version {_VERSION}.")
+    numbers, epochs = [h[3] for h in headers], [h[4] for h in headers]
     failed = [rank for rank, h in enumerate(headers) if h[2]]
-    if not failed and all(h[6] == digest for h in headers):
-        return [(h[3], h[4]) for h in headers]
-    texts = _gather_descriptions(comm, description, [h[5] for h in headers])
-    if error is not None:
+    if not failed and all(h[8] == digest for h in headers) and len(set(numbers)) == len(set(epochs)) == 1:
+        return [(h[5], h[6]) for h in headers]
+    texts = _gather_descriptions(comm, description, [h[7] for h in headers])
+    comm.calls = max(numbers)
+    if error is not None and len(failed) == comm.size:
         raise error
     if failed:
-        raise Mismatch("; ".join(f"rank {rank} could not take part: {texts[rank]}" for rank in failed))
-    raise Mismatch(_differences(texts))
+        raise Mismatch("; ".join(f"rank {rank} could not take part: {texts[rank]}" for rank in failed)) from error
+    raise Mismatch(" ".join([*_unequal("call number", numbers), *_unequal("epoch", epochs), *_differences(texts)]))
 
 
 def _gather_descriptions(comm: Communicator, description: bytes, sizes: Sequence[int]) -> list[str]:
@@ -77,21 +85,27 @@ def _gather_descriptions(comm: Communicator, description: bytes, sizes: Sequence
     return [part.numpy().tobytes().decode(errors="replace") for part in parts]
 
 
-def _differences(texts: Sequence[str]) -> str:
+def _differences(texts: Sequence[str]) -> list[str]:
     """One sentence per argument that is not the same on all ranks."""
+    if len(set(texts)) == 1:
+        return []
     try:
         calls = [json.loads(text) for text in texts]
     except json.JSONDecodeError:  # a description longer than the cap was cut
-        return "the ranks made different calls, too long to compare argument by argument."
-    sentences = []
-    for name in sorted({name for call in calls for name in call}):
-        by_value: dict[str, list[int]] = {}
-        for rank, call in enumerate(calls):
-            by_value.setdefault(json.dumps(call.get(name)), []).append(rank)
-        if len(by_value) > 1:
-            values = ", ".join(f"{value} on rank {_listed(ranks)}" for value, ranks in by_value.items())
-            sentences.append(f"{name} must be the same on every rank: got {values}.")
-    return " ".join(sentences)
+        return ["the ranks made different calls, too long to compare argument by argument."]
+    names = sorted({name for call in calls for name in call})
+    return [sentence for name in names for sentence in _unequal(name, [call.get(name) for call in calls])]
+
+
+def _unequal(name: str, values: Sequence[Any]) -> list[str]:
+    """The sentence about values that are not the same on all ranks, if they are not."""
+    by_value: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        by_value.setdefault(json.dumps(value), []).append(rank)
+    if len(by_value) == 1:
+        return []
+    listed = ", ".join(f"{value} on rank {_listed(ranks)}" for value, ranks in by_value.items())
+    return [f"{name} must be the same on every rank: got {listed}."]
 
 
 def _listed(ranks: Sequence[int]) -> str:
@@ -99,9 +113,9 @@ def _listed(ranks: Sequence[int]) -> str:
 
 
 def agree_on(
-    comm: Communicator, describe: Callable[[], dict[str, Any]], q: Tensor, k: Tensor, dim: int = 2
+    comm: Communicator, describe: Callable[[], dict[str, Any]], q: Tensor, k: Tensor, dim: int | None = 2
 ) -> list[tuple[int, int]]:
-    """Every rank's lengths of q and k along `dim`, once all ranks gave the same description.
+    """Every rank's lengths of q and k along `dim` (None: their elements), once all gave the same description.
 
     An exception of `describe`, the caller's mistake on this rank, reaches every rank instead of a hang.
     """
@@ -110,7 +124,7 @@ def agree_on(
     lengths = (0, 0)
     try:
         description = describe()
-        lengths = (q.shape[dim], k.shape[dim])
+        lengths = (q.numel(), k.numel()) if dim is None else (q.shape[dim], k.shape[dim])
     except Exception as mistake:  # noqa: BLE001 (raised again here, once the others know)
         error = mistake
     return agree(comm, description, *lengths, error)

@@ -12,6 +12,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from ..errors import RankLost
+
 DEFAULT_DEADLINE_SECONDS = 300.0
 # When a rank has failed, the others get this long to say so too before they are ended.
 GRACE_SECONDS = 1.0
@@ -59,7 +61,11 @@ class Communicator(ABC):
     Every operation is collective: all ranks call the same ones in the same order. Sizes must be known to both
     sides beforehand (`shapes`): agree on them first. Received tensors are new and belong to the caller; sent
     ones may be reused once the operation (or its `wait`) has returned.
-    Raises: RankLost where a peer is gone or the deadline passes.
+
+    `epoch` is the caller's to set, to the step of a loop that it is in: ranks that are at different steps then
+    raise Mismatch at their next call, where the calls alone could not tell. `calls` counts the calls agreed on.
+    Raises: RankLost where a peer is gone or the deadline passes, and from then on: what is still under way could
+    meet the messages of a later operation.
     """
 
     transport: str
@@ -70,7 +76,9 @@ class Communicator(ABC):
     def __init__(self, rank: int, size: int, deadline_seconds: float) -> None:
         self.rank, self.size, self.deadline_seconds = rank, size, deadline_seconds
         self.traffic = Traffic()
+        self.calls = self.epoch = 0
         self.closed = False
+        self._lost: str | None = None
         self._scratch: dict[tuple[object, ...], tuple[Tensor, list[Tensor]]] = {}
         self._hosts: tuple[str, ...] | None = None
 
@@ -175,7 +183,14 @@ class Communicator(ABC):
     ) -> None:
         self.close()
 
+    def lost(self, message: str) -> RankLost:
+        """The error to raise now, and at every later operation."""
+        self._lost = self._lost or message
+        return RankLost(message)
+
     def _count(self, message_bytes: Sequence[int]) -> None:
+        if self._lost is not None:
+            raise RankLost(f"this communicator has lost a rank already: {self._lost}")
         if message_bytes:
             self.traffic.sent_bytes += sum(message_bytes)
             self.traffic.messages += len(message_bytes)

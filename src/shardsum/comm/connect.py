@@ -110,11 +110,18 @@ def _connect(name: str, deadline: float) -> Communicator:
     from torch.distributed import rendezvous
 
     store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=deadline)))
-    loopback = os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1")
     if name == "gloo":
-        return connect_gloo(store, rank, size, deadline, loopback)
+        return connect_gloo(store, rank, size, deadline, _interfaces())
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return connect_nccl(store, rank, size, deadline)
+
+
+def _interfaces() -> list[str]:
+    """Those that Gloo is to use, named as torch.distributed wants them; the loopback if no rank is elsewhere."""
+    named = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    if not named and os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1"):
+        named = "lo"
+    return [name for name in named.split(",") if name]
 
 
 def _share_cores() -> None:

@@ -56,7 +56,7 @@ def launch(
         raise ValueError(f"launch starts ranks over mpi, gloo or threads: got {transport!r}.")
     if transport == "mpi" and not mpi_installed():
         raise Unsupported("the mpi transport needs mpi4py and an MPI library: pip install 'shardsum[mpi]'.")
-    with tempfile.TemporaryDirectory(prefix="shardsum-") as name:
+    with tempfile.TemporaryDirectory(prefix=f"shardsum-{os.getpid()}-") as name:
         directory = Path(name)
         wire.save(directory / "arguments.safetensors", tuple(args))
         (directory / "job.json").write_text(json.dumps(_job(fn, ranks, transport, deadline)))

@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import RankLost, Unsupported
+from ..errors import Unsupported
 from .base import DEFAULT_DEADLINE_SECONDS, Communicator
 
 # A finished message is seen at once while polling; after this long it is no longer latency that counts, and
 # the core goes to whoever needs it (more ranks than cores, or a neighbour that still computes).
 SPIN_SECONDS = 0.0005
+# How often a rank that waits looks whether another has failed or given up, and how long one that gave up waits to
+# hear from the others, so as to name those that are silent.
+LOOK_SECONDS, ANSWER_SECONDS = 0.1, 0.5
+_GIVEN_UP = 1  # the tag of what a rank sends that gave up; all else has tag 0
 _MAX_BYTES = 2**31 - 1  # of one MPI message counted by a C int
 
 
@@ -66,20 +70,49 @@ class MpiCommunicator(Communicator):
         return wait
 
     def _wait(self, requests: Sequence[Any], *peers: int) -> None:
-        """Poll until all requests are done. Raises: RankLost past the deadline, or where MPI saw a peer fail."""
+        """Poll until all requests are done. Raises: RankLost past the deadline, or where a peer has failed."""
         start = time.perf_counter()
+        look = LOOK_SECONDS
         try:
             for request in requests:
                 while not request.Test():
                     waited = time.perf_counter() - start
-                    if waited > self.deadline_seconds:
-                        raise RankLost(
-                            f"rank {self.rank} waited {waited:.0f} s for {_named(peers)}: a peer is gone or stuck."
-                        )
                     if waited > SPIN_SECONDS:
+                        if waited > min(look, self.deadline_seconds):
+                            look = waited + LOOK_SECONDS
+                            self._look(waited, peers)
                         os.sched_yield()
         except self._error as failure:
-            raise RankLost(f"rank {self.rank} waited for {_named(peers)}: MPI says {failure}.") from failure
+            who = _named(self._gone() or peers)
+            raise self.lost(f"{who} is gone: rank {self.rank} waited, and MPI says {failure}.") from failure
+
+    def _look(self, waited: float, peers: Sequence[int]) -> None:
+        """Raise RankLost where a rank has failed, this one has waited too long, or another has."""
+        if gone := self._gone():
+            raise self.lost(f"{_named(gone)} is gone: rank {self.rank} waited for {_named(peers)}.")
+        if waited > self.deadline_seconds or self._mpi.Iprobe(tag=_GIVEN_UP):
+            stuck = _named(self._silent() or peers)
+            raise self.lost(f"rank {self.rank} waited {waited:.1f} s for {stuck}: a peer is gone or stuck.")
+
+    def _gone(self) -> list[int]:
+        """The ranks that MPI knows to have failed: none where it does not look for that (without ULFM)."""
+        try:
+            failed = self._mpi.Get_failed()
+            return list(failed.Translate_ranks(None, self._mpi.Get_group()))
+        except (self._error, NotImplementedError):
+            return []
+
+    def _silent(self) -> list[int]:
+        """The ranks that do not answer: those that wait give up with this one, and all send each other a word."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        self._words = [bytearray(1) for _ in range(2 * self.size)]  # MPI may write them later
+        hearing = {rank: self._mpi.Irecv(self._words[rank], rank, _GIVEN_UP) for rank in others}
+        self._sending = [self._mpi.Isend(self._words[self.size + rank], rank, _GIVEN_UP) for rank in others]
+        end = time.perf_counter() + ANSWER_SECONDS
+        while hearing and time.perf_counter() < end:
+            hearing = {rank: request for rank, request in hearing.items() if not request.Test()}
+            os.sched_yield()
+        return list(hearing)
 
     def _buffer(self, x: Tensor, total_bytes: int = 0) -> Any:
         """torch's own memory as MPI sees it; the tensor must be kept as long as MPI uses that."""

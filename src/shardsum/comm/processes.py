@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -18,23 +19,30 @@ from ..errors import Unsupported
 from .base import GRACE_SECONDS
 
 EAGER_BYTES = 1 << 15
-_RULE = re.compile(r"^-{60,}\n\0?", re.MULTILINE)  # Open MPI frames each of its messages between two of these
+# How a rank under mpiexec ended is written down. An end without a result is made one by a signal: of no other does
+# Open MPI tell the other ranks (5.0.11, `--with-ft ulfm`).
+_RECORDED = """"$@"; status=$?; rank=${OMPI_COMM_WORLD_RANK:-$PMI_RANK}
+echo $status > "$0/ended.$rank.unfinished" && mv "$0/ended.$rank.unfinished" "$0/ended.$rank"
+test $status -eq 0 && test -e "$0/result.$rank" || kill -KILL $$"""
+SHARED_MEMORY = Path("/dev/shm")
 
 
 def run_processes(directory: Path, ranks: int, transport: str, threads: int) -> dict[int, str]:
     """Run all ranks of the job in `directory` to their ends; how the ranks ended that ended by themselves.
 
-    When one has failed, the others have two `GRACE_SECONDS` left.
+    When one has failed, the others hear of it from their transport and have two `GRACE_SECONDS` left.
     """
     worker = [sys.executable, "-m", "shardsum.comm.worker", str(directory)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
     if transport == "mpi":
-        commands = [[*_mpiexec(ranks), *worker]]
+        commands = [[*_mpiexec(ranks), "sh", "-c", _RECORDED, str(directory), *worker]]
         # On one host the shared-memory transport alone starts in 0.1 s instead of 1.0.
         environment |= {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "sm,self"}
         # Up to this size a message is copied and gone; beyond it, both sides must be there at the same time. The
         # usual 4 KB are less than one attention state.
         environment |= {"OMPI_MCA_btl_sm_eager_limit": str(EAGER_BYTES)}
+        if SHARED_MEMORY.is_dir():  # in a place of our own, which we can clear after any end
+            environment["OMPI_MCA_btl_sm_backing_directory"] = str(SHARED_MEMORY / directory.name)
     else:
         commands = [[*worker, str(rank)] for rank in range(ranks)]
     group = _Group(directory, ranks)
@@ -43,7 +51,7 @@ def run_processes(directory: Path, ranks: int, transport: str, threads: int) -> 
             group.start(command, environment)
         deadline: float | None = None
         while group.running() and (deadline is None or time.monotonic() < deadline):
-            if deadline is None and (group.failed() or any(directory.glob("error.*[0-9]"))):
+            if deadline is None and group.failed():
                 deadline = time.monotonic() + 2 * GRACE_SECONDS
             time.sleep(0.005)
         codes = [process.returncode for process in group.processes]
@@ -51,39 +59,48 @@ def run_processes(directory: Path, ranks: int, transport: str, threads: int) -> 
         group.end()
     said = [file.read_text(errors="replace") for file in group.said]
     if transport == "mpi":
-        return _ends_told_by_mpiexec(codes[0], said[0], ranks)
+        ends = _recorded_ends(directory)
+        everyone = {} if codes[0] is None else dict.fromkeys(range(ranks), f"mpiexec: {_end(codes[0], said[0])}")
+        return {rank: _end(code, said[0]) for rank, code in ends.items()} or everyone
     return {rank: _end(code, said[rank]) for rank, code in enumerate(codes) if code is not None}
 
 
-def _mpiexec(ranks: int) -> list[str]:
+def _recorded_ends(directory: Path) -> dict[int, int]:
+    """The status of each rank under mpiexec that has ended, negative if by a signal, as subprocess has it."""
+    found = {int(file.suffix[1:]): int(file.read_text()) for file in directory.glob("ended.*[0-9]")}
+    return {rank: status if status <= 128 else 128 - status for rank, status in found.items()}
+
+
+def find_mpiexec() -> str | None:
+    """The mpiexec beside this Python, or the one on PATH."""
     beside = Path(sys.executable).parent / "mpiexec"
-    program = str(beside) if beside.exists() else shutil.which("mpiexec")
+    return str(beside) if beside.exists() else shutil.which("mpiexec")
+
+
+@functools.cache
+def reports_lost_ranks(mpiexec: str) -> bool:
+    """Whether it knows `--with-ft ulfm`: Open MPI from 5 on does.
+
+    Source: Bland et al. 2013 (Post-failure recovery of MPI communication capability).
+    """
+    said = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, timeout=60).stdout
+    version = re.search(r"Open MPI\D*(\d+)", said)
+    return version is not None and int(version[1]) >= 5
+
+
+def _mpiexec(ranks: int) -> list[str]:
+    program = find_mpiexec()
     if program is None:
         raise Unsupported("the mpi transport needs mpiexec: pip install 'shardsum[mpi]', or put mpiexec on PATH.")
     command = [program, "-n", str(ranks)]
+    if reports_lost_ranks(program):
+        command += ["--with-ft", "ulfm"]
     if os.geteuid() == 0:
         command.append("--allow-run-as-root")
     cores = len(os.sched_getaffinity(0))
     if ranks > cores:
         return [*command, "--oversubscribe", "--bind-to", "none"]
     return [*command, "--map-by", f"slot:PE={cores // ranks}", "--bind-to", "core"]
-
-
-def _ends_told_by_mpiexec(code: int | None, said: str, ranks: int) -> dict[int, str]:
-    """mpiexec ends all ranks when one ends badly, and says which one that was."""
-    ends = {}
-    parts = _RULE.split(said)
-    own_words = "".join(parts[::2])  # a rank's, from before it had streams of its own
-    for message in parts[1::2]:
-        if exit_code := re.search(r"Process name: \[.*,(\d+)\]\s+Exit code:\s+(\d+)", message):
-            ends[int(exit_code[1])] = _end(int(exit_code[2]), own_words)
-        elif killed := re.search(r"process rank (\d+) .*on\s+signal (\d+)", message, re.DOTALL):
-            ends[int(killed[1])] = _end(-int(killed[2]), own_words)
-        elif left := re.search(r"process rank (\d+) ", message):
-            ends[int(left[1])] = "it called MPI_Abort, or exit without MPI_Finalize"
-    if not ends and code is not None:
-        return dict.fromkeys(range(ranks), f"mpiexec: {_end(code, said)}")
-    return ends
 
 
 def _end(code: int, said: str) -> str:
@@ -104,6 +121,8 @@ class _Group:
         self._held: list[int] = []
         self.processes: list[subprocess.Popen[bytes]] = []
         self.said: list[Path] = []
+        if SHARED_MEMORY.is_dir():
+            (SHARED_MEMORY / directory.name).mkdir()
         os.mkfifo(directory / "alive")
         self._held.append(os.open(directory / "alive", os.O_RDWR))  # closed when we end, however that is
         for rank in range(ranks):
@@ -140,7 +159,13 @@ class _Group:
         return any(process.poll() is None for process in self.processes)
 
     def failed(self) -> bool:
-        return any(process.poll() not in (None, 0) for process in self.processes)
+        """Whether a rank has reported an error, or ended without a result."""
+        directory, ended = self._directory, self._directory.glob("ended.*[0-9]")
+        return (
+            any(process.poll() not in (None, 0) for process in self.processes)
+            or any(directory.glob("error.*[0-9]"))
+            or any(not (directory / f"result{file.suffix}").exists() for file in ended)
+        )
 
     def end(self) -> None:
         """End what still runs, by asking, then by force; return when all that the ranks printed is passed on."""
@@ -151,11 +176,22 @@ class _Group:
             end = time.monotonic() + 2 * GRACE_SECONDS
             while self.running() and time.monotonic() < end:
                 time.sleep(0.005)
+        for process in self.processes:
+            _end_session(process.pid)
+        shutil.rmtree(SHARED_MEMORY / self._directory.name, ignore_errors=True)
         os.write(self._held[0], bytes(self._ranks))  # to each rank still there: end, the directory is ours
         for held in self._held:
             os.close(held)
         for forwarder in self._forwarders:
             forwarder.join(GRACE_SECONDS)  # longer only where a process that a rank started still holds the pipe
+
+
+def _end_session(leader: int) -> None:
+    """End what is left of a process's session: ranks that were stopped, or whose mpiexec went before them."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if os.getsid(int(entry.name)) == leader:
+                os.kill(int(entry.name), signal.SIGKILL)
 
 
 def _terminal(stream: TextIO) -> str | None:

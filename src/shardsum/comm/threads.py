@@ -71,7 +71,7 @@ class ThreadCommunicator(Communicator):
         for to, message in enumerate(messages):
             self._hub.put(self.rank, to, message)
         for source, piece in enumerate(receive.split(sizes)):
-            piece.copy_(self._hub.get(source, self.rank, self.deadline_seconds))
+            piece.copy_(self._get(source))
 
     def _exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]:
         if send.nbytes:
@@ -80,7 +80,13 @@ class ThreadCommunicator(Communicator):
 
     def _receive(self, receive: Tensor, source: int) -> None:
         if receive.nbytes:
-            receive.copy_(self._hub.get(source, self.rank, self.deadline_seconds))
+            receive.copy_(self._get(source))
+
+    def _get(self, source: int) -> Tensor:
+        try:
+            return self._hub.get(source, self.rank, self.deadline_seconds)
+        except RankLost as loss:
+            raise self.lost(str(loss)) from loss
 
 
 class SingleCommunicator(Communicator):

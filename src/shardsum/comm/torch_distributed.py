@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -27,9 +28,11 @@ class TorchCommunicator(Communicator):
         size: int,
         transport: str = "gloo",
         deadline_seconds: float = DEFAULT_DEADLINE_SECONDS,
+        store: Any = None,
     ) -> None:
         super().__init__(rank, size, deadline_seconds)
         self.transport = transport
+        self._store = store
         self.group = group
         atexit.register(self.close)
         self._device: torch.device | None = None
@@ -48,7 +51,8 @@ class TorchCommunicator(Communicator):
 
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
         send, receive = as_bytes(send), as_bytes(receive)
-        if len(set(sizes)) > 1:  # this collective takes equal sizes only; whatever else is padding
+        # Gloo's own collective does not say for whom it waited; NCCL's takes equal sizes only.
+        if self._device is None or len(set(sizes)) > 1:
             self._pairwise([send] * self.size, receive, sizes)
             return
         if sizes[0] == 0:
@@ -98,7 +102,7 @@ class TorchCommunicator(Communicator):
             if self._device is not None:
                 return [(works[0][0], self.group._end_coalescing(*self._together))]
         except RuntimeError as failure:
-            raise RankLost(f"rank {self.rank} could not start sending: {failure}") from failure
+            raise self._lost_by(None, failure) from failure
         return works
 
     def _wait(self, work: Any, peer: int | None = None) -> None:
@@ -112,8 +116,18 @@ class TorchCommunicator(Communicator):
             else:
                 work.wait()
         except RuntimeError as failure:
-            who = "a peer" if peer is None else f"rank {peer}"
-            raise RankLost(f"rank {self.rank} waited for {who}, which is gone or stuck: {failure}") from failure
+            raise self._lost_by(peer, failure) from failure
+
+    def _lost_by(self, peer: int | None, failure: RuntimeError) -> RankLost:
+        """The error of a failed wait. The rank that was missed first is the one that all name, where there is a
+        store to write it to: a rank that ends because it missed another is missed itself."""
+        first = peer
+        if self._store is not None and peer is not None:
+            with contextlib.suppress(RuntimeError):  # the store may be gone with its rank
+                self._store.set_timeout(timedelta(seconds=1))
+                first = int(self._store.compare_set("lost", "", str(peer)))
+        who = "a peer" if first is None else f"rank {first}"
+        return self.lost(f"rank {self.rank} waited for {who}, which is gone or stuck: {failure}")
 
     def _at_hand(self, x: Tensor) -> Tensor:
         return x if self._device is None else x.to(self._device)
@@ -125,18 +139,19 @@ def _return(back: Tensor, receive: Tensor) -> None:
 
 
 def connect_gloo(
-    store: Any, rank: int, size: int, deadline_seconds: float, loopback: bool = False
+    store: Any, rank: int, size: int, deadline_seconds: float, interfaces: Sequence[str] = ()
 ) -> TorchCommunicator:
-    """A Gloo communicator over a c10d store; with `loopback` it listens on this machine alone."""
+    """A Gloo communicator over a c10d store, on these interfaces; by default on that of the host's own name."""
     from torch.distributed import PrefixStore, ProcessGroupGloo
 
     timeout = timedelta(seconds=deadline_seconds)
     options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
     create = ProcessGroupGloo.create_device
-    options._devices = [create(interface="lo") if loopback else ProcessGroupGloo.create_default_device()]
-    group = ProcessGroupGloo(PrefixStore(f"shardsum {next(_groups)}", store), rank, size, options)
-    return TorchCommunicator(group, rank, size, "gloo", deadline_seconds)
+    devices = [create(interface=name) for name in interfaces]
+    options._devices = devices or [ProcessGroupGloo.create_default_device()]
+    own = PrefixStore(f"shardsum {next(_groups)}", store)
+    return TorchCommunicator(ProcessGroupGloo(own, rank, size, options), rank, size, "gloo", deadline_seconds, own)
 
 
 def connect_nccl(store: Any, rank: int, size: int, deadline_seconds: float) -> TorchCommunicator:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -20,6 +22,7 @@ from . import wire
 from .base import GRACE_SECONDS, Communicator
 from .connect import MAIN, set_rank_of_process
 from .mpi import MpiCommunicator
+from .processes import SHARED_MEMORY
 from .torch_distributed import connect_gloo
 
 _START_SECONDS = 60.0  # ranks import torch at different speeds; that is no collective's deadline
@@ -55,7 +58,11 @@ def _end_with_the_launch(directory: Path) -> None:
     alive = os.open(directory / "alive", os.O_RDONLY | os.O_NONBLOCK)
     os.set_blocking(alive, True)
     if not os.read(alive, 1):
-        shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            (directory / "alive").unlink()  # one rank alone succeeds
+            shutil.rmtree(directory, ignore_errors=True)
+            shutil.rmtree(SHARED_MEMORY / directory.name, ignore_errors=True)
+            os.kill(os.getsid(0), signal.SIGTERM)  # mpiexec, which ends ranks that can't read this
     os._exit(1)
 
 
@@ -70,7 +77,7 @@ def _connect(job: dict[str, Any], directory: Path, rank: int | None) -> Communic
     from torch.distributed import FileStore
 
     store = FileStore(str(directory / "store"), job["size"])
-    comm = connect_gloo(store, rank, job["size"], max(job["deadline"], _START_SECONDS), loopback=True)
+    comm = connect_gloo(store, rank, job["size"], max(job["deadline"], _START_SECONDS), interfaces=["lo"])
     comm.deadline_seconds = job["deadline"]
     return comm
 
@@ -107,13 +114,16 @@ def _abort(directory: Path, size: int) -> None:
     """End all ranks of MPI, as soon as they have reported or the time to do so has passed."""
     from mpi4py import MPI
 
-    sys.stdout.flush()  # MPI_Abort ends this process too, at once
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()  # MPI_Abort ends this process too, at once
     end = time.monotonic() + GRACE_SECONDS
     while (
         time.monotonic() < end
         and sum(1 for what in ("error", "result") for _ in directory.glob(f"{what}.*[0-9]")) < size
     ):
         time.sleep(0.01)
+    # What it has to say is ours to say; where mpiexec is ending already, it says so on the rank's own stderr.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     MPI.COMM_WORLD.Abort(1)
 
 

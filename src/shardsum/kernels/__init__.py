@@ -7,8 +7,10 @@ from torch import Tensor
 from ..errors import Unsupported
 from .aten import AtenKernel
 from .base import Gradients, Kernel, OutputGradient
+from .compiled import instruction_sets, why_not_native
+from .fixed import Blocks, states_by_nodes
+from .merging import merge_alike, pack, unpack
 from .native import NativeKernel
-from .operators import instruction_sets, why_not_native
 from .reference import EagerKernel, ReferenceKernel
 
 KERNELS: dict[str, type[Kernel]] = {
@@ -21,6 +23,7 @@ KERNELS: dict[str, type[Kernel]] = {
 __all__ = [
     "KERNELS",
     "AtenKernel",
+    "Blocks",
     "Gradients",
     "Kernel",
     "NativeKernel",
@@ -28,7 +31,11 @@ __all__ = [
     "ReferenceKernel",
     "as_kernel",
     "instruction_sets",
+    "merge_alike",
+    "pack",
+    "states_by_nodes",
     "that_run_here",
+    "unpack",
     "why_not_native",
 ]
 

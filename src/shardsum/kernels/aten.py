@@ -65,6 +65,16 @@ class AtenKernel(Kernel):
             return Gradients(*found)
         return EagerKernel().backward(q, k, v, lo, hi, scores, gradient)
 
+    def forward_tree(
+        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores
+    ) -> AttentionState:
+        return EagerKernel().forward_tree(q, k, v, lo, hi, scores)
+
+    def backward_leaf(
+        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
+    ) -> Gradients:
+        return EagerKernel().backward_leaf(q, k, v, lo, hi, scores, gradient)
+
 
 def _for_operator(scores: Scores) -> bool:
     """Whether the operators compute these scores. They mask by -inf before they scale: 0 * -inf is NaN."""

@@ -40,6 +40,10 @@ class Gradients:
     v: Tensor
     bias: Tensor | None = None
 
+    def __add__(self, other: Gradients) -> Gradients:
+        bias = self.bias if self.bias is None or other.bias is None else self.bias + other.bias
+        return Gradients(self.q + other.q, self.k + other.k, self.v + other.v, bias)
+
 
 class Kernel(ABC):
     """Attention of all queries over the keys of one device, under one interval of keys per query row."""
@@ -72,3 +76,18 @@ class Kernel(ABC):
         those of disjoint rows.
         Numerics: as in `forward`; a row and a key that it does not see contribute nothing to each other.
         """
+
+    @abstractmethod
+    def forward_tree(
+        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores
+    ) -> AttentionState:
+        """`forward` along the fixed tree over the segments of k (tree.py).
+
+        Numerics: a row's bits do not depend on the other rows, the batch, the threads, or the keys behind its own.
+        """
+
+    @abstractmethod
+    def backward_leaf(
+        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
+    ) -> Gradients:
+        """`backward` of at most one segment of rows and one of keys, by one sequence of operations."""

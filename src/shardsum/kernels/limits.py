@@ -7,8 +7,8 @@ import time
 
 import torch
 
+from .compiled import native_module
 from .native import NativeKernel
-from .operators import native_module
 
 READ_BYTES = 1 << 29  # far more than any cache
 ROUNDS = 1 << 21

@@ -12,15 +12,10 @@ from ..problem import state_dtype
 from ..quantized import Quantized
 from ..scores import Scores
 from ..state import AttentionState
+from ..tree import SEGMENT
 from .base import Bounds, Gradients, Kernel, Keys, OutputGradient, Queries, Values
-from .operators import (
-    attention_backward,
-    attention_forward,
-    few_rows,
-    instruction_sets,
-    quantized_forward,
-    why_not_native,
-)
+from .compiled import few_rows, instruction_sets, why_not_native
+from .operators import attention_backward, attention_forward, paged_forward, quantized_forward
 from .reference import EagerKernel
 
 
@@ -58,13 +53,46 @@ class NativeKernel(Kernel):
             *quantized_forward(q.float(), k.numbers, v.numbers, (k.scales, v.scales), lo, hi, *options)
         )
 
+    def forward_paged(
+        self, q: Queries, k_pages: Tensor, v_pages: Tensor, table: Tensor, lo: Bounds, hi: Bounds, scores: Scores
+    ) -> AttentionState:
+        """The same over keys in pages, which `shardsum.decode_paged` describes and checks."""
+        return AttentionState(*paged_forward(q, k_pages, v_pages, table, lo, hi, *self._options(scores)))
+
     def backward(
         self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
     ) -> Gradients:
         if scores.bias is not None:
             return EagerKernel().backward(q, k, v, lo, hi, scores, gradient)
+        return self._backward(q, k, v, lo, hi, scores, gradient, 0)
+
+    def forward_tree(
+        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores
+    ) -> AttentionState:
+        if scores.bias is not None:
+            return EagerKernel().forward_tree(q, k, v, lo, hi, scores)
+        return AttentionState(*attention_forward(*self._arguments(q, k, v, lo, hi, scores), SEGMENT))
+
+    def backward_leaf(
+        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
+    ) -> Gradients:
+        if scores.bias is not None:
+            return EagerKernel().backward_leaf(q, k, v, lo, hi, scores, gradient)
+        return self._backward(q, k, v, lo, hi, scores, gradient, SEGMENT)
+
+    def _backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lo: Tensor,
+        hi: Tensor,
+        scores: Scores,
+        gradient: OutputGradient,
+        segment: int,
+    ) -> Gradients:
         given = (x.to(state_dtype(q.dtype)) for x in (gradient.out, gradient.lse, gradient.delta))
-        return Gradients(*attention_backward(*given, *self._arguments(q, k, v, lo, hi, scores)))
+        return Gradients(*attention_backward(*given, *self._arguments(q, k, v, lo, hi, scores), segment))
 
     def _arguments(
         self, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scores: Scores

@@ -11,6 +11,7 @@ from ..problem import state_dtype
 from ..scores import Scores
 from ..state import AttentionState
 from .base import Bounds, Gradients, Kernel, Keys, OutputGradient, Queries, Values
+from .fixed import gradients_by_pieces, state_by_pieces
 
 # Rows are taken so many at a time that a matrix of weights has about this many elements (64 MB in float32).
 WEIGHTS = 1 << 24
@@ -79,6 +80,16 @@ class EagerKernel(Kernel):
         return Gradients(
             d_q.to(dtype), d_k.to(dtype), d_v.to(dtype), d_bias if d_bias is None else d_bias.to(dtype)
         )
+
+    def forward_tree(
+        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores
+    ) -> AttentionState:
+        return state_by_pieces(self, q, k, v, lo, hi, scores)
+
+    def backward_leaf(
+        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
+    ) -> Gradients:
+        return gradients_by_pieces(self, q, k, v, lo, hi, scores, gradient)
 
 
 class ReferenceKernel(EagerKernel):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from ..errors import Unsupported
 from .all_gather import AllGather
 from .all_reduce import AllReduce
-from .base import Call, Strategy
+from .base import Strategy
 from .bound import lower_bound_bytes
+from .call import Call
 from .hybrid import Hybrid
 from .pass_q import PassQ
 from .ring import Ring

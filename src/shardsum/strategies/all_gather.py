@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ..comm import Traffic
 from ..kernels import Gradients, OutputGradient
-from ..state import AttentionState, merge
-from .base import Call, Strategy
+from ..state import AttentionState
+from .base import Strategy
+from .call import Call
 from .circulation import take
+from .order import added, off_wire, on_wire, put, total, union, whole
 
 
 class AllGather(Strategy):
@@ -29,7 +31,7 @@ class AllGather(Strategy):
             call.partial(call.q, k, v, rows_of=rank, keys_of=owner, keys=_keys(call, rank, owner))
             for owner, (k, v) in enumerate(_gathered(call))
         )
-        return functools.reduce(merge, states)
+        return whole(functools.reduce(union, states))
 
     def _backward(self, call: Call, gradient: OutputGradient) -> Gradients:
         comm, rank = call.comm, call.comm.rank
@@ -39,20 +41,21 @@ class AllGather(Strategy):
             )
             for owner, (k, v) in enumerate(_gathered(call))
         ]
-        q = functools.reduce(torch.add, (part.q for part in parts))
+        q = total(functools.reduce(added, [part.q for part in parts]))
         found = [part.bias for part in parts if part.bias is not None]
         bias = functools.reduce(torch.add, found) if found else None
-        own = torch.cat([parts[rank].k, parts[rank].v], dim=3)
-        sent = [
-            own[:, :, :0] if owner == rank else torch.cat([part.k, part.v], dim=3)
-            for owner, part in enumerate(parts)
-        ]
+        own, nodes = parts[rank].kv, call.row_nodes().of_rank
+        sent = [on_wire(part.kv, nodes[rank]) for part in parts]
+        sent[rank] = sent[rank][:, :, :0]
         seen = [_sent(call, receiver) for receiver in range(comm.size)]
-        shapes = [(*own.shape[:2], len(keys), own.shape[3]) for keys in seen]
-        for keys, arrived in zip(seen, comm.all_to_all(sent, shapes), strict=True):
-            own.index_add_(2, keys.to(own.device), arrived)
-        d_k, d_v = own.split([call.k.shape[3], call.v.shape[3]], dim=3)
-        return Gradients(q, d_k, d_v, bias)
+        width = call.k.shape[3] + call.v.shape[3]
+        shapes = [
+            (*call.k.shape[:2], len(keys), width * len(held)) for keys, held in zip(seen, nodes, strict=True)
+        ]
+        for keys, held, arrived in zip(seen, nodes, comm.all_to_all(sent, shapes), strict=True):
+            if len(keys):
+                own = put(own, keys, off_wire(arrived, held, own))
+        return Gradients(q, *call.halves(total(own)), bias)
 
     def _traffic(self, call: Call) -> Traffic:
         others = call.comm.size - 1
@@ -64,6 +67,7 @@ class AllGather(Strategy):
         rank = call.comm.rank
         received = [call.seen(rank, owner) for owner in range(call.comm.size) if owner != rank]
         returned = sum(call.kv_gradient_bytes(len(keys)) for keys in received)
+        returned *= len(call.row_nodes().of_rank[rank])
         return Traffic(again.sent_bytes + returned, 3 * others, 3)
 
 

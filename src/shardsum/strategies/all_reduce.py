@@ -6,13 +6,14 @@ collective, an all-reduce of states. Sharded queries are gathered first, and eac
 
 from __future__ import annotations
 
-import torch
+import functools
 
-from ..collectives import all_reduce_states, reduce_scatter_states, sum_scatter
 from ..comm import Traffic
 from ..kernels import Gradients, OutputGradient
 from ..state import AttentionState
-from .base import Call, Strategy, pack_gradient, unpack_gradient
+from .base import Strategy, pack_gradient, unpack_gradient
+from .call import Call
+from .order import added, reduce_states, scatter_states, scatter_sums, total
 
 
 class AllReduce(Strategy):
@@ -28,12 +29,12 @@ class AllReduce(Strategy):
         comm = call.comm
         if call.q_replicated:
             state = call.partial(call.q, call.k, call.v, rows_of=comm.rank, keys_of=comm.rank)
-            return all_reduce_states(comm, state, call.collective)
+            return reduce_states(call, state)
         queries = comm.all_gather(call.q, [call.q_shape(rank) for rank in range(comm.size)])
         states = [
             call.partial(q, call.k, call.v, rows_of=rank, keys_of=comm.rank) for rank, q in enumerate(queries)
         ]
-        return reduce_scatter_states(comm, states)
+        return scatter_states(call, states)
 
     def _backward(self, call: Call, gradient: OutputGradient) -> Gradients:
         comm, ranks = call.comm, range(call.comm.size)
@@ -44,13 +45,15 @@ class AllReduce(Strategy):
             call.partial_backward(q, call.k, call.v, unpack_gradient(row), rows_of=rank, keys_of=comm.rank)
             for rank, (q, row) in enumerate(zip(queries, rows, strict=True))
         ]
-        k, v = (torch.stack(x).sum(dim=0) for x in ([p.k for p in parts], [p.v for p in parts]))
-        return Gradients(sum_scatter(comm, [part.q for part in parts]), k, v)
+        d_kv = total(functools.reduce(added, [part.kv for part in parts]))
+        return Gradients(scatter_sums(call, [part.q for part in parts]), *call.halves(d_kv))
 
     def _traffic(self, call: Call) -> Traffic:
         rank, others = call.comm.rank, [r for r in range(call.comm.size) if r != call.comm.rank]
         if call.q_replicated:
             rows, row_bytes = call.q.shape[:3].numel(), call.state_bytes(rank)
+            if call.reproducible:
+                return Traffic(row_bytes * len(others), len(others), 1)
             return call.collective.traffic(call.comm, rows, row_bytes // max(1, rows))
         states_bytes = sum(call.state_bytes(other) for other in others)
         return Traffic(call.q.nbytes * len(others) + states_bytes, 2 * len(others), 2)
@@ -59,4 +62,5 @@ class AllReduce(Strategy):
         others = [r for r in range(call.comm.size) if r != call.comm.rank]
         sent = (call.q.nbytes + call.row_bytes(call.q.shape[2], call.v.shape[3] + 2)) * len(others)
         returned = sum(call.row_bytes(len(call.queries.positions[other]), call.q.shape[3]) for other in others)
+        returned *= len(call.key_nodes().of_rank[call.comm.rank])
         return Traffic(sent + returned, 3 * len(others), 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Call
+from .call import Call
 
 
 def lower_bound_bytes(call: Call, rank: int) -> int:

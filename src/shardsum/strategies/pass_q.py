@@ -5,18 +5,20 @@ Like `all_reduce` for sharded queries, with one neighbour's rows in memory at a 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..collectives import pack, unpack
 from ..comm import Traffic
 from ..kernels import Gradients, OutputGradient
-from ..state import AttentionState, merge
+from ..state import AttentionState
 from .all_reduce import AllReduce
-from .base import Call, Strategy, pack_gradient, unpack_gradient
+from .base import Strategy, pack_gradient, unpack_gradient
+from .call import Call
 from .circulation import circulate, item_bytes
+from .order import State, Sum, added, in_table, joined_states, off_wire, total, whole
 
 
 class PassQ(Strategy):
@@ -32,42 +34,47 @@ class PassQ(Strategy):
         if call.q_replicated:
             return AllReduce().forward(call)
 
+        nodes = call.state_nodes()
+        states: list[State] = []
+
         def visit(owner: int, rows: Tensor, held: Sequence[Tensor]) -> Tensor:
-            return pack(call.partial(held[0], call.k, call.v, rows_of=owner, keys_of=call.comm.rank, rows=rows))
+            state = call.partial(held[0], call.k, call.v, rows_of=owner, keys_of=call.comm.rank, rows=rows)
+            if owner == call.comm.rank:
+                states.append(state)
+            return in_table(state, nodes)
 
-        def combine(a: Tensor, b: Tensor) -> Tensor:
-            return pack(merge(unpack(a), unpack(b)))
-
-        own = circulate(call.comm, call.row_route(), (call.q,), visit, combine)
-        assert own is not None
-        return unpack(own)
+        table = circulate(call.comm, call.row_route(), (call.q,), visit, joined_states(call.reproducible))
+        assert table is not None
+        return whole(off_wire(table, nodes.table, states[0]))
 
     def _backward(self, call: Call, gradient: OutputGradient) -> Gradients:
-        d_k: list[Tensor] = []
-        d_v: list[Tensor] = []
+        nodes = call.key_nodes()
+        d_q: list[Sum] = []
+        d_kv: list[Sum] = []
 
         def visit(owner: int, rows: Tensor, held: Sequence[Tensor]) -> Tensor:
             q, row = held
             found = call.partial_backward(
                 q, call.k, call.v, unpack_gradient(row), rows_of=owner, keys_of=call.comm.rank, rows=rows
             )
-            d_k[:] = [found.k + d_k[0] if d_k else found.k]
-            d_v[:] = [found.v + d_v[0] if d_v else found.v]
-            return found.q
+            d_kv[:] = [functools.reduce(added, [*d_kv, found.kv])]
+            if owner == call.comm.rank:
+                d_q.append(found.q)
+            return in_table(found.q, nodes)
 
-        own = circulate(call.comm, call.row_route(), (call.q, pack_gradient(gradient)), visit, torch.add)
-        assert own is not None
-        return Gradients(own, d_k[0], d_v[0])
+        table = circulate(call.comm, call.row_route(), (call.q, pack_gradient(gradient)), visit, torch.add)
+        assert table is not None
+        return Gradients(total(off_wire(table, nodes.table, d_q[0])), *call.halves(total(d_kv[0])))
 
     def _traffic(self, call: Call) -> Traffic:
         if call.q_replicated:
             return AllReduce().traffic(call)
         route, rank = call.row_route(), call.comm.rank
         return route.sent(rank, [item_bytes(call.q)]) + route.returned(
-            rank, call.row_bytes(1, call.v.shape[3] + 1)
+            rank, call.row_bytes(len(call.state_nodes().table), call.v.shape[3] + 1)
         )
 
     def _traffic_backward(self, call: Call) -> Traffic:
         route, rank = call.row_route(), call.comm.rank
         sent = route.sent(rank, [item_bytes(call.q), call.row_bytes(1, call.v.shape[3] + 2)])
-        return sent + route.returned(rank, call.row_bytes(1, call.q.shape[3]))
+        return sent + route.returned(rank, call.row_bytes(len(call.key_nodes().table), call.q.shape[3]))

@@ -12,9 +12,11 @@ from ..collectives import slices
 from ..comm import Traffic
 from ..kernels import Gradients, OutputGradient
 from ..problem import state_dtype
-from ..state import AttentionState, merge
-from .base import Call, Strategy
+from ..state import AttentionState
+from .base import Strategy
+from .call import Call
 from .circulation import circulate, item_bytes
+from .order import State, Sum, added, in_table, off_wire, total, union, whole
 
 PIECE_BYTES = 1 << 22
 
@@ -52,17 +54,17 @@ class Ring(Strategy):
 
     def _forward(self, call: Call) -> AttentionState:
         rank = call.comm.rank
-        states: dict[int, AttentionState] = {}
+        states: dict[int, State] = {}
 
         def visit(owner: int, keys: Tensor, held: Sequence[Tensor]) -> None:
             k, v = held
             state = call.partial(call.q, k, v, rows_of=rank, keys_of=owner, keys=keys)
             # Every rank holds replicated rows: it must merge in the same order as the others to get the same bits.
             place = owner if call.q_replicated else rank
-            states[place] = merge(states[place], state) if place in states else state
+            states[place] = union(states[place], state) if place in states else state
 
         circulate(call.comm, call.key_route(), (call.k, call.v), visit)
-        return functools.reduce(merge, (states[owner] for owner in sorted(states)))
+        return whole(functools.reduce(union, [states[owner] for owner in sorted(states)]))
 
     def _backward(self, call: Call, gradient: OutputGradient) -> Gradients:
         pieces = self._pieces(call)
@@ -78,21 +80,25 @@ class Ring(Strategy):
 
     def _backward_of_piece(self, call: Call, gradient: OutputGradient) -> Gradients:
         rank = call.comm.rank
-        d_q: list[Tensor] = []
+        nodes = call.row_nodes()
+        d_q: list[Sum] = []
         d_bias: list[Tensor] = []
+        d_kv: list[Sum] = []
 
         def visit(owner: int, keys: Tensor, held: Sequence[Tensor]) -> Tensor:
             k, v = held
             found = call.partial_backward(call.q, k, v, gradient, rows_of=rank, keys_of=owner, keys=keys)
-            d_q[:] = [functools.reduce(torch.add, [*d_q, found.q])]
+            d_q[:] = [functools.reduce(added, [*d_q, found.q])]
             if found.bias is not None:
                 d_bias[:] = [functools.reduce(torch.add, [*d_bias, found.bias])]
-            return torch.cat([found.k, found.v], dim=3)
+            if owner == rank:
+                d_kv.append(found.kv)
+            return in_table(found.kv, nodes)
 
-        own = circulate(call.comm, call.key_route(), (call.k, call.v), visit, torch.add)
-        assert own is not None
-        d_k, d_v = own.split([call.k.shape[3], call.v.shape[3]], dim=3)
-        return Gradients(d_q[0], d_k, d_v, d_bias[0] if d_bias else None)
+        table = circulate(call.comm, call.key_route(), (call.k, call.v), visit, torch.add)
+        assert table is not None
+        own = total(off_wire(table, nodes.table, d_kv[0]))
+        return Gradients(total(d_q[0]), *call.halves(own), d_bias[0] if d_bias else None)
 
     def _traffic(self, call: Call) -> Traffic:
         sent = [
@@ -103,7 +109,9 @@ class Ring(Strategy):
 
     def _traffic_backward(self, call: Call) -> Traffic:
         returned = [
-            call.key_route().returned(call.comm.rank, call.some_heads(heads).kv_gradient_bytes(1))
+            call.key_route().returned(
+                call.comm.rank, call.some_heads(heads).kv_gradient_bytes(len(call.row_nodes().table))
+            )
             for heads in self._pieces(call)
         ]
         return functools.reduce(Traffic.__add__, returned, self._traffic(call))

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..collectives import pack, slices, unpack
+from ..collectives import slices
 from ..comm import Communicator, Traffic, subgroup
 from ..errors import Unsupported
-from ..kernels import Gradients, OutputGradient
+from ..kernels import Gradients, OutputGradient, pack, unpack
 from ..layouts import Placement
 from ..problem import state_dtype
 from ..state import AttentionState
 from .all_reduce import AllReduce
-from .base import Call, Strategy, pack_gradient, unpack_gradient
+from .base import Strategy, pack_gradient, unpack_gradient
+from .call import Call
 
 
 class Ulysses(Strategy):
@@ -102,6 +103,11 @@ class _Node:
             )
         node, place = divmod(call.comm.rank, ranks)
         heads = slices(q_heads, ranks)
+        if call.reproducible and any(own.start % group for own in heads):
+            raise Unsupported(
+                "reproducible ulysses needs whole groups of query heads on every rank: got "
+                f"{ranks} ranks, {call.k.shape[1]} kv_heads. Use all_gather, ring or pass_q."
+            )
         queries, all_queries = _by_node(call.queries, ranks, node)
         keys, all_keys = _by_node(call.keys, ranks, node)
         return cls(
@@ -141,6 +147,9 @@ class _Node:
             call.scores.some_heads(own.start, own.stop),
             call.q_replicated,
             call.collective,
+            name=call.name,
+            holder="node",
+            reproducible=call.reproducible,
         )
 
     def empty_call(self, call: Call) -> Call:

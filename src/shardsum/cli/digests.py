@@ -1,0 +1,70 @@
+"""Whether `reproducible` attention and its gradients have the bits of one rank alone: digests, side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from typing import Any
+
+import torch
+from rich.box import HORIZONTALS
+from rich.table import Table
+from torch import Tensor
+
+from ..attention import attention
+from ..comm import Communicator, connect
+from ..errors import Unsupported
+from ..sharding import shard, unshard
+from ..strategies import STRATEGIES
+
+Q_LEN, KV_LEN, Q_HEADS, KV_HEADS, HEAD_DIM, V_DIM = 600, 1100, 4, 2, 16, 24  # 3 segments of queries, 5 of keys
+LAYOUTS = ("contiguous", "zigzag", "striped")
+
+
+def check_digests(comm: Communicator) -> list[dict[str, Any]]:
+    """For each layout and strategy: the digest of out, dq, dk and dv, and whether it is that of one rank alone."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [
+        (Q_HEADS, Q_LEN, HEAD_DIM),
+        (KV_HEADS, KV_LEN, HEAD_DIM),
+        (KV_HEADS, KV_LEN, V_DIM),
+        (Q_HEADS, Q_LEN, V_DIM),
+    ]
+    device = "cuda" if comm.transport == "nccl" else "cpu"
+    whole = [torch.randn(1, *size, generator=generator).to(device) for size in sizes]
+    alone = _digest(connect("single"), whole, "contiguous", "all_gather")
+    found = []
+    for layout, strategy in itertools.product(LAYOUTS, STRATEGIES):
+        try:
+            digest = _digest(comm, whole, layout, strategy)
+        except Unsupported:  # too few heads for so many ranks; every rank finds so
+            if strategy not in ("ulysses", "hybrid"):
+                raise
+            continue
+        equal = all(bool(x) for x in comm.all_gather(torch.tensor(digest == alone, device=device)))
+        found.append({"layout": layout, "strategy": strategy, "digest": digest, "as_alone": equal})
+    return found
+
+
+def _digest(comm: Communicator, whole: list[Tensor], layout: str, strategy: str) -> str:
+    place: dict[str, Any] = {"comm": comm, "layout": layout, "reproducible": True}
+    *own, d_out = (shard(x, **place) for x in whole)
+    inputs = [x.requires_grad_() for x in own]
+    out = attention(*inputs, **place, strategy=strategy, causal=True)
+    found = [out.detach(), *torch.autograd.grad(out, inputs, d_out)]
+    digest = hashlib.sha256()
+    for x in found:
+        digest.update(unshard(x, **place).cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def digest_table(results: list[dict[str, Any]]) -> Table:
+    """The digests over each transport."""
+    table = Table(title="Bits of reproducible attention and its gradients", box=HORIZONTALS)
+    for column in ("layout", "strategy", *(one["transport"] for one in results)):
+        table.add_column(column, no_wrap=True)
+    rows = [{(row["layout"], row["strategy"]): row for row in one["digests"]} for one in results]
+    for key in rows[0]:
+        marks = [of[key]["digest"] if of[key]["as_alone"] else f"[bold red]{of[key]['digest']}[/]" for of in rows]
+        table.add_row(*key, *marks)
+    return table

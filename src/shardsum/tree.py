@@ -1,0 +1,126 @@
+"""One tree for every sum: why `reproducible=True` gives the same bits on any number of ranks.
+
+A sequence is cut into segments of SEGMENT positions, the last one shorter. What a segment contributes is found by
+one fixed sequence of operations, and contributions are combined along one binary tree over the segments' numbers:
+node (level, i) combines nodes (level - 1, 2 i) and (level - 1, 2 i + 1), or is the first of them where the second
+has no segment. A rank that holds whole segments computes the largest nodes that it can, and whoever receives the
+nodes of others computes the rest. So floating-point numbers meet in the same order wherever they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from .errors import Unsupported
+
+SEGMENT = 256
+
+T = TypeVar("T")
+
+
+class Node(NamedTuple):
+    """The node of the segments [place 2^level, (place + 1) 2^level); `part`: of which of a mask's intervals."""
+
+    level: int
+    place: int
+    part: int = 0
+
+    @property
+    def first(self) -> int:
+        """Its first segment."""
+        return self.place << self.level
+
+    def positions(self, length: int) -> int:
+        """How many positions it has in a sequence of so many."""
+        end = (self.place + 1) << self.level
+        return min(end * SEGMENT, length) - self.first * SEGMENT
+
+
+class Forest(Generic[T]):
+    """What is known of one sum: the nodes of its tree that no known sibling has been combined with yet.
+
+    Other nodes of the same tree join by `union`; `total` is the root, where nodes that nobody had are empty.
+    `nothing` is an empty sum.
+    """
+
+    def __init__(self, count: int, combine: Callable[[T, T], T], nothing: T, nodes: dict[Node, T]) -> None:
+        self._count, self._combine, self.nothing = count, combine, nothing
+        self.nodes = self._climb(nodes, False)
+
+    def union(self, other: Forest[T]) -> Forest[T]:
+        """The forest of the nodes of both, which have no segment in common."""
+        return self.of({**self.nodes, **other.nodes})
+
+    def of(self, nodes: dict[Node, T]) -> Forest[T]:
+        """The forest of other nodes of the same tree."""
+        return Forest(self._count, self._combine, self.nothing, nodes)
+
+    def total(self) -> T:
+        """The sum; of several parts, the first part's and the second's combined."""
+        found = self._climb(self.nodes, True)
+        roots = [found[root] for root in sorted(found, key=lambda node: node.part)]
+        if not roots:
+            return self.nothing
+        first, *others = roots
+        for other in others:
+            first = self._combine(first, other)
+        return first
+
+    def _climb(self, nodes: dict[Node, T], whole: bool) -> dict[Node, T]:
+        """Combine siblings. A node whose sibling has no segment, or if `whole` is missing, becomes the parent."""
+        found = dict(nodes)
+        for level in range((self._count - 1).bit_length() if self._count else 0):
+            for node in sorted(node for node in found if node.level == level):
+                sibling = node._replace(place=node.place ^ 1)
+                if node not in found:  # its left sibling has taken it
+                    continue
+                parent = Node(level + 1, node.place // 2, node.part)
+                if sibling in found:
+                    found[parent] = self._combine(found.pop(node), found.pop(sibling))
+                elif whole or sibling.first >= self._count:
+                    found[parent] = found.pop(node)
+        return found
+
+
+def unit(reproducible: bool) -> int:
+    """How many positions stay together on one rank."""
+    return SEGMENT if reproducible else 1
+
+
+def segments(length: int) -> int:
+    """How many segments a sequence has."""
+    return -(-length // SEGMENT)
+
+
+def cover(held: Iterable[int], length: int) -> list[Node]:
+    """The largest nodes that have none but these segments, in the segments' order."""
+    leaves: dict[Node, None] = {Node(0, segment): None for segment in held}
+    forest = Forest(segments(length), lambda a, b: None, None, leaves)
+    return sorted(forest.nodes, key=lambda node: node.first)
+
+
+def spans(positions: Int[Tensor, " positions"], length: int) -> list[tuple[Node, slice]]:
+    """The nodes that cover whole segments at these increasing positions, and where among them each node's lie."""
+    found, start = [], 0
+    for node in cover(held_segments(positions, length), length):
+        end = start + node.positions(length)
+        found.append((node, slice(start, end)))
+        start = end
+    return found
+
+
+def held_segments(positions: Int[Tensor, " positions"], length: int) -> list[int]:
+    """The numbers of the segments at these positions. Raises: Unsupported where one is not there whole."""
+    numbers, counts = torch.unique_consecutive(positions // SEGMENT, return_counts=True)
+    whole = (length - numbers * SEGMENT).clamp(max=SEGMENT)
+    if not torch.equal(counts, whole):
+        raise Unsupported(
+            f"reproducible needs whole segments of {SEGMENT} positions on every rank. Cut with "
+            "shardsum.shard(..., reproducible=True), or hold tokens in KVCache(..., reproducible=True)."
+        )
+    return numbers.tolist()  # type: ignore[no-any-return]

@@ -1,0 +1,104 @@
+"""The ways in which a rank can end, and the moments at which it does; a function for `launch` that tries one."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import shardsum
+from shardsum import KVCache, RankLost
+from shardsum.comm import Communicator
+
+VICTIM = 1
+
+
+def _close_sockets() -> None:
+    """Shut every connection of this process down, as a network that is gone does."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # of the listing's own, and of a socket that only listens
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(name))) as connection:
+                    connection.getpeername()
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+HOW: dict[str, Callable[[], Any]] = {
+    "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "SIGSTOP": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "Ctrl-C": lambda: os.kill(os.getpid(), signal.SIGINT),
+    "segfault": lambda: ctypes.string_at(0),
+    "abort": os.abort,
+    "exception": lambda: _raise(ZeroDivisionError("on purpose")),
+    "out of memory": lambda: _raise(MemoryError("on purpose")),
+    "sys.exit": lambda: sys.exit(3),
+    "os._exit": lambda: os._exit(5),
+    "os._exit as if all were well": lambda: os._exit(0),
+    "closed sockets": _close_sockets,
+}
+WHEN = ("before the first call", "agreement", "payload", "between", "backward", "decode")
+
+
+def _arm(comm: Communicator, operation: int, end: Callable[[], Any]) -> None:
+    """End this rank when it comes to that operation from here on: 1 is the agreement, 2 the first payload."""
+    count = comm._count
+
+    def counted(message_bytes: Any) -> None:
+        counted.left -= 1  # type: ignore[attr-defined]
+        if counted.left == 0:  # type: ignore[attr-defined]
+            end()
+        count(message_bytes)
+
+    counted.left = operation  # type: ignore[attr-defined]
+    comm._count = counted  # type: ignore[method-assign]
+
+
+def end_at(comm: Communicator, how: str, when: str, directory: str) -> None:
+    """Forward, backward and two decode steps; in one rank 1 ends, and the others write down what they heard."""
+
+    def end() -> None:
+        Path(directory, "ended").write_text(str(time.time()))
+        HOW[how]()
+
+    at = {moment: comm.rank == VICTIM and moment == when for moment in WHEN}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # off in what a shell starts in the background
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 12, 4).requires_grad_() for _ in range(3))
+    cache = KVCache(comm=comm, layers=1, kv_heads=2, head_dim=4)
+    try:
+        comm.barrier()
+        if at["before the first call"]:
+            end()
+        if at["agreement"] or at["payload"]:
+            _arm(comm, 1 + at["payload"], end)
+        out = shardsum.attention(q, k, v, comm=comm, strategy="all_reduce")
+        if at["between"]:
+            end()
+        if at["backward"]:
+            _arm(comm, 2, end)
+        out.sum().backward()
+        with torch.no_grad():
+            cache.append(0, k, v)
+            cache.attend(0, q)
+            if at["decode"]:
+                _arm(comm, 2, end)
+            cache.attend(0, q[:, :, :1])
+    except RankLost as loss:
+        heard = json.dumps([str(loss), time.time()])
+        Path(directory, f"heard.{comm.rank}").write_text(heard)
+        raise
