@@ -8,6 +8,7 @@ import argparse
 import importlib.metadata
 import json
 import runpy
+import sys
 import time
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def model_and_windows(tokens: int) -> tuple:
     return model.train(), ids[:, : WINDOWS * tokens].view(WINDOWS, 1, tokens)
 
 
-def alone(steps: int, tokens: int) -> list[float]:
-    """The losses of Transformers' own training step, in this process."""
+def alone(comm: shardsum.Communicator, steps: int, tokens: int) -> list[float]:
+    """The losses of Transformers' own training step, on one rank: its memory is given back before the next run."""
     model, windows = model_and_windows(tokens)
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE), []
     for step in range(steps):
@@ -40,6 +41,7 @@ def alone(steps: int, tokens: int) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+        progress(comm, step, losses)
     return losses
 
 
@@ -56,8 +58,14 @@ def sharded(comm: shardsum.Communicator, steps: int, tokens: int) -> dict:
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
+            progress(comm, step, losses)
     digest = hf.gradients.weights_digest(model)
     return {"losses": losses, "seconds": (time.perf_counter() - start) / steps, "weights": digest}
+
+
+def progress(comm: shardsum.Communicator, step: int, losses: list[float]) -> None:
+    if comm.rank == 0:
+        print(f"{comm.size} ranks, step {step + 1}: loss {losses[-1]:.3f}", file=sys.stderr, flush=True)
 
 
 def plot(file: str, losses: dict[str, list[float]], tokens: int) -> None:
@@ -86,9 +94,10 @@ def main() -> None:
     parser.add_argument("--write", help="append a JSON line for each run to this file")
     parser.add_argument("--plot", help="draw the loss curves into this file")
     options = parser.parse_args()
-    losses = {"one process": alone(options.steps, options.tokens)}
+    arguments = options.steps, options.tokens
+    losses = {"one process": shardsum.launch(alone, 1, args=arguments, deadline=3600)[0]}
     for ranks in options.ranks:
-        runs = shardsum.launch(sharded, ranks, args=(options.steps, options.tokens), deadline=3600)
+        runs = shardsum.launch(sharded, ranks, args=arguments, deadline=3600)
         name, found = f"{ranks} ranks", runs[0]["losses"]
         losses[name] = found
         differences = [abs(a / b - 1) for a, b in zip(found, losses["one process"], strict=True)]
