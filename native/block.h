@@ -25,6 +25,9 @@ public:
         const int64_t ahead = std::min(key + AHEAD, last);
         k = find(a.k, key), v = find(a.v, key), k_ahead = find(a.k, ahead), v_ahead = find(a.v, ahead);
         last_ahead = std::min(last - ahead, in_one_piece(ahead) - 1);
+        const int64_t further = std::min(key + 2 * AHEAD, last), more = std::min(last - further + 1, in_one_piece(further));
+        ask_for_pages(find(a.k, further), std::min(more, AHEAD), a.k.row);
+        ask_for_pages(find(a.v, further), std::min(more, AHEAD), a.v.row);
     }
 
     // Asks for the elements [from, to) of the row that comes AHEAD keys after key i, if the sequence goes so far.

@@ -23,6 +23,16 @@ template <typename E> inline const E* row_of(const Tensor& t, int64_t sequence, 
     return static_cast<const E*>(t.data) + sequence * t.batch + head * t.head + row * t.row;
 }
 
+constexpr int64_t PAGE_BYTES = 4096;
+
+// Asks for a line of each page of `count` rows that follow. A page's address is looked up when it is first asked for,
+// and what comes behind waits; so the look-ups of several pages go on at the same time. (Not inlined, GCC 12 would take it
+// for a function without effect, and leave out its calls.)
+template <typename E> __attribute__((always_inline)) inline void ask_for_pages(const E* rows, int64_t count, int64_t stride) {
+    const int64_t of_a_page = std::max(int64_t(1), PAGE_BYTES / std::max(int64_t(1), stride * int64_t(sizeof(E))));
+    for (int64_t i = 0; i < count; i += of_a_page) __builtin_prefetch(rows + i * stride, 0, 2);
+}
+
 // Runs `operation` with an element of the type, but for int8, which is decode's alone.
 template <typename Operation> void with_element_of(Type type, Operation operation) {
     switch (type) {

@@ -1,6 +1,6 @@
 // The machine's limits: how fast memory can be read, and how many multiplications and additions fit into a second.
 #include "operations.h"
-#include "vector.h"
+#include "pack.h"
 
 #if defined(__AMX_BF16__)
 #include <immintrin.h>
@@ -10,19 +10,22 @@ namespace SHARDSUM_ISA {
 
 // The sum of `count` floats, so that each is read. Source: McCalpin 1995 (STREAM), without the writes.
 double read_memory(const float* data, int64_t count, int threads) {
-    constexpr int64_t UNROLLED = 8, AHEAD = 4096;
+    constexpr int64_t UNROLLED = 8, AHEAD = 4096 / sizeof(float), PIECE = 16384 / sizeof(float);
     const int64_t vectors = count / lanes<float> / UNROLLED;
     double total = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
     {
         Vector<float> sums[UNROLLED] = {};
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < vectors; i++)
+        for (int64_t i = 0; i < vectors; i++) {
+            const float* some = data + i * UNROLLED * lanes<float>;
+            if (i * UNROLLED * lanes<float> % PIECE == 0) ask_for_pages(some + AHEAD + PIECE, PIECE, 1);
             for (int64_t j = 0; j < UNROLLED; j++) {
-                const float* p = data + (i * UNROLLED + j) * lanes<float>;
-                __builtin_prefetch(reinterpret_cast<const char*>(p) + AHEAD, 0, 2);
+                const float* p = some + j * lanes<float>;
+                __builtin_prefetch(p + AHEAD, 0, 2);
                 sums[j] += load(p);
             }
+        }
         for (const Vector<float>& sum : sums) total += sum_of<float>(sum);
     }
     return total;

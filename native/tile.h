@@ -133,6 +133,10 @@ private:
     template <typename After> void block(int64_t key, int64_t size, After after) {
         std::fill(keys_packed, std::end(keys_packed), false);
         std::fill(values_packed, std::end(values_packed), false);
+        if (const int64_t more = std::min(KEYS<P>, a.kv_len - key - KEYS<P>); more > 0) {
+            ask_for_pages(row_of<E>(a.k, t.sequence, t.kv_head, key + KEYS<P>), more, a.k.row);
+            ask_for_pages(row_of<E>(a.v, t.sequence, t.kv_head, key + KEYS<P>), more, a.v.row);
+        }
         for (int64_t r = 0; r < rows; r += STRIP<P>) {
             if (!strips[r / STRIP<P>].misses(key, size)) strip(r, key, size);
             after(r);

@@ -77,10 +77,17 @@ inline Vector<float> load(const int8_t* p) {
 #endif
 }
 inline Vector<float> load(const bfloat16* p) {
+    // GCC 12 widens half a vector at a time.
+#if defined(__AVX512F__)
+    return (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+    return (Vector<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
     typedef uint16_t Half __attribute__((vector_size(VECTOR_BYTES / 2)));
     typedef uint32_t Word __attribute__((vector_size(VECTOR_BYTES)));
     Word bits = __builtin_convertvector(load_vector<Half>(p), Word) << 16;
     return (Vector<float>)bits;
+#endif
 }
 inline Vector<float> load(const float16* p) {
 #if defined(__AVX512F__)
