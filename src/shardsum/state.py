@@ -14,6 +14,7 @@ Source: Milakov and Gimelshein 2018 (online softmax, section 3.1); Dao et al. 20
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,8 @@ class AttentionState:
 
     def is_finite(self) -> bool:
         """Whether no row holds NaN or Inf; an empty row, whose lse is -inf, is as it should be."""
-        return not bool((self.lse.isnan() | (self.lse == torch.inf)).any()) and all_finite(self.out)
+        # The largest of numbers among which there is NaN is NaN.
+        return not self.lse.numel() or (self.lse.max().item() < math.inf and all_finite(self.out))
 
     @classmethod
     def empty(
@@ -71,7 +73,7 @@ def all_finite(x: Tensor) -> bool:
     A sum over one that is not is not finite either, and is one pass without a temporary; only a sum of finite
     elements that overflows needs another look.
     """
-    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+    return math.isfinite(x.sum().item()) or bool(x.isfinite().all())
 
 
 def merge(a: AttentionState, b: AttentionState) -> AttentionState:
