@@ -65,6 +65,7 @@ struct Kernels {
     void (*decode)(const Forward&);   // the same for few
     void (*tree)(const Forward&);     // any number of rows, whose bits depend on nothing but themselves
     void (*backward)(const Backward&);
+    void (*backward_tree)(const Backward&);  // sums of segments along fixed trees
     void (*merge)(const Merge&);
     double (*read_memory)(const float* data, int64_t count, int threads);
     double (*multiply_add)(bool of_bfloat16, int64_t rounds, int threads);

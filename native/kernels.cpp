@@ -3,6 +3,6 @@
 
 namespace SHARDSUM_ISA {
 
-extern const Kernels kernels{prefill, decode, tree, backward, merge, read_memory, multiply_add};
+extern const Kernels kernels{prefill, decode, tree, backward, backward_tree, merge, read_memory, multiply_add};
 
 }  // namespace SHARDSUM_ISA

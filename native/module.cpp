@@ -101,7 +101,7 @@ void backward(const std::string& isa, int type, const Sizes& sizes, const Stride
     a.d_out = pointer<const void>(d_out), a.lse = pointer<const void>(lse), a.delta = pointer<const void>(delta);
     a.d_q = pointer<void>(d_q), a.d_k = pointer<void>(d_k), a.d_v = pointer<void>(d_v);
     nb::gil_scoped_release release;
-    kernels.backward(a);
+    (segment == 0 ? kernels.backward : kernels.backward_tree)(a);
 }
 
 // Without an argument for the instruction set, the best is meant: a merge of a few rows takes less than finding it.

@@ -9,6 +9,7 @@ void prefill(const Forward&);
 void decode(const Forward&);
 void tree(const Forward&);
 void backward(const Backward&);
+void backward_tree(const Backward&);
 void merge(const Merge&);
 double read_memory(const float* data, int64_t count, int threads);
 double multiply_add(bool of_bfloat16, int64_t rounds, int threads);

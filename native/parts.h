@@ -109,15 +109,21 @@ template <typename E> struct Chunk {
             Element<P>* column = reinterpret_cast<Element<P>*>(k_transposed) + j;
             for (int64_t d = 0; d < a.head_dim; d++) column[d * most] = {};
         }
+        clear();
+    }
+
+    // Begins the sums again.
+    void clear() {
+        const int64_t all = padded(size, KEY_STEP<P>);
         std::fill(d_k, d_k + all * head.sum, T(0));
         std::fill(d_v, d_v + all * value.sum, T(0));
     }
 
-    // To arrays (..., key, dim) from the chunk's first key on.
+    // To arrays (..., key, dim) from the chunk's first key on; -0 becomes 0, which it is where nothing is seen.
     void write(T* to_k, T* to_v) const {
         for (int64_t j = 0; j < size; j++) {
-            for (int64_t d = 0; d < a.head_dim; d++) to_k[j * a.head_dim + d] = d_k[j * head.sum + d] * T(a.scale);
-            for (int64_t d = 0; d < a.v_dim; d++) to_v[j * a.v_dim + d] = d_v[j * value.sum + d];
+            for (int64_t d = 0; d < a.head_dim; d++) to_k[j * a.head_dim + d] = d_k[j * head.sum + d] * T(a.scale) + T(0);
+            for (int64_t d = 0; d < a.v_dim; d++) to_v[j * a.v_dim + d] = d_v[j * value.sum + d] + T(0);
         }
     }
 };
@@ -163,8 +169,8 @@ template <typename E> struct TileOfQueries {
         std::fill(d_q, d_q + ROWS * rows_of_d_q(), T(0));
     }
 
-    // Adds to the tensor what the chunk's keys gave.
-    void write() const {
+    // Adds what the chunk's keys gave to row_at(r), for each row r of the tile.
+    template <typename RowAt> void write(RowAt row_at) const {
         constexpr int64_t n = lanes<T>;
         for (int64_t i = 0; i < size; i += n)
             for (int64_t d = 0; d < a.head_dim; d += n) {
@@ -172,7 +178,7 @@ template <typename E> struct TileOfQueries {
                 for (int64_t c = 0; c < n; c++) square[c] = load(d_q + (d + c) * ROWS + i) * T(a.scale);
                 transpose<T>(square);
                 for (int64_t r = 0; r < n && i + r < size; r++) {
-                    T* to = static_cast<T*>(a.d_q) + at(i + r) * a.head_dim + d;
+                    T* to = row_at(i + r) + d;
                     if (d + n <= a.head_dim) store_vector(to, load(to) + square[r]);
                     else for (int64_t c = 0; d + c < a.head_dim; c++) to[c] += square[r][c];
                 }

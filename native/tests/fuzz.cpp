@@ -66,7 +66,7 @@ public:
     }
 
     // The same for the gradients; `forward` comes before it.
-    double backward(void (*operation)(const Backward&)) {
+    double backward(void (*operation)(const Backward&), bool by_segments = false) {
         const int64_t sizes[3] = {count_of(q), count_of(k), count_of(v)}, rows = a.batch * a.q_heads * a.q_len;
         const Type type = a.type == Type::float64 ? Type::float64 : Type::float32;
         const int64_t bytes = SIZES[int(type)];
@@ -78,6 +78,7 @@ public:
         std::unique_ptr<char[]> of_out = copied(d_out), of_lse = copied(lses.expected), of_delta = copied(delta), found[3];
         for (int g = 0; g < 3; g++) found[g].reset(new char[sizes[g] * bytes]());
         Backward call{a, of_out.get(), of_lse.get(), of_delta.get(), found[0].get(), found[1].get(), found[2].get()};
+        call.segment = by_segments ? segment : 0;
         operation(call);
         double largest = 1, worst = 0;
         for (int64_t i = 0; i < rows; i++)
@@ -277,6 +278,7 @@ int main(int count, char** words) {
                 errors.emplace_back("prefill", problem.forward(set.kernels->prefill));
                 errors.emplace_back("tree", problem.forward(set.kernels->tree, true));
                 errors.emplace_back("backward", problem.backward(set.kernels->backward));
+                errors.emplace_back("backward tree", problem.backward(set.kernels->backward_tree, true));
             }
             for (const auto& [name, error] : errors) {
                 if (error <= 1) continue;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +20,17 @@ from ..scores import Scores
 from .timing import alternate, machine, ratio
 
 Sides = dict[str, Callable[[], object]]
+FREE = "any order"  # the side of a reproducible row
 # Of the tensors; int8 stands for keys and values quantized from these.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Work:
-    """One row: sizes and what is done. `target`: by side, how many times as fast ours should be."""
+    """One row: sizes and what is done. `target`: by side, how many times as fast ours should be.
+
+    `reproducible`: ours goes along the fixed tree, beside the same kernel that does not.
+    """
 
     what: str  # "decode" | "prefill" | "training"
     dtype: str
@@ -36,10 +41,12 @@ class Work:
     length: int
     causal: bool
     target: dict[str, float]
+    reproducible: bool = False
 
     @property
     def name(self) -> str:
         kind = "" if self.what == "decode" else " causal" if self.causal else " full"
+        kind += " reproducible" if self.reproducible else ""
         heads = f"H{self.q_heads}" if self.q_heads == self.kv_heads else f"H{self.q_heads}/{self.kv_heads}"
         return f"{self.what} B{self.batch} {heads} D{self.head_dim} {self.length:,}{kind} {self.dtype}"
 
@@ -77,6 +84,15 @@ WORK = [
     *(
         Work("training", dtype, 1, 8, 8, 64, 8192, True, {"F.sdpa": target})
         for dtype, target in (("float32", 2), ("bfloat16", 3))
+    ),
+    *(
+        Work(what, dtype, 1, heads, kv_heads, head_dim, length, True, {FREE: round(1 / most, 2)}, True)
+        for what, heads, kv_heads, head_dim, length, most in (
+            ("decode", 32, 8, 128, 131072, 1.10),
+            ("prefill", 8, 8, 64, 8192, 1.15),
+            ("training", 8, 8, 64, 8192, 1.25),
+        )
+        for dtype in ("float32", "bfloat16")
     ),
 ]
 
@@ -119,18 +135,21 @@ def _sides(work: Work) -> Sides:
     q, k, v = work.tensors()
     grouped = work.q_heads != work.kv_heads
     if work.what == "training":
+        beside = {FREE: _ours(reproducible=False)} if work.reproducible else {"F.sdpa": _sdpa}
         return {
-            "native": lambda: _trained(
-                q, k, v, lambda q, k, v: attention(q, k, v, comm=connect("single"), causal=True)
-            ),
-            "F.sdpa": lambda: _trained(
-                q, k, v, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            ),
+            name: _training(q, k, v, attend)
+            for name, attend in ({"native": _ours(work.reproducible)} | beside).items()
         }
     rows = q.shape[2]
-    hi = torch.arange(1, rows + 1).unsqueeze(0) if work.causal else torch.full((1, rows), work.length)
+    causal = work.causal and rows > 1
+    hi = torch.arange(1, rows + 1).unsqueeze(0) if causal else torch.full((1, rows), work.length)
     scores, lo = Scores(work.head_dim**-0.5), torch.zeros(1, rows, dtype=torch.int64)
     kernel = NativeKernel()
+    if work.reproducible:
+        return {
+            "native": lambda: kernel.forward_tree(q, k, v, lo, hi, scores),
+            FREE: lambda: kernel.forward(q, k, v, lo, hi, scores),
+        }
     if work.dtype == "int8":
         held = Quantized.of(k), Quantized.of(v)
         return {
@@ -142,11 +161,21 @@ def _sides(work: Work) -> Sides:
         folded = q.view(work.batch, work.kv_heads, -1, work.head_dim)
         operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         sides["aten folded"] = lambda: operator(folded, k, v)
-    sides["F.sdpa"] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=work.causal, enable_gqa=grouped)
+    sides["F.sdpa"] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
     return sides
 
 
-def _trained(q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor]) -> list[Tensor]:
-    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = attend(*inputs)
-    return list(torch.autograd.grad(out, inputs, torch.ones_like(out)))
+def _ours(reproducible: bool) -> Callable[..., Tensor]:
+    return partial(attention, comm=connect("single"), causal=True, reproducible=reproducible)
+
+
+_sdpa = partial(F.scaled_dot_product_attention, is_causal=True)
+
+
+def _training(q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor]) -> Callable[[], list[Tensor]]:
+    def run() -> list[Tensor]:
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = attend(*inputs)
+        return list(torch.autograd.grad(out, inputs, torch.ones_like(out)))
+
+    return run

@@ -90,4 +90,12 @@ class Kernel(ABC):
     def backward_leaf(
         self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
     ) -> Gradients:
-        """`backward` of at most one segment of rows and one of keys, by one sequence of operations."""
+        """`backward` of at most one segment of rows and one of keys, by one sequence of operations.
+
+        Of whole nodes of both trees where `backward_by_trees`: d_q along that of the keys, d_k and d_v along that
+        of the rows.
+        """
+
+    def backward_by_trees(self, scores: Scores) -> bool:
+        """Whether `backward_leaf` sums along the trees under such scores; or else Blocks (fixed.py) does."""
+        return False

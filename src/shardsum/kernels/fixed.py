@@ -182,8 +182,9 @@ class Blocks:
         """Of whole nodes of both trees; None where no row sees a key."""
         if not self._visible(rows, keys):
             return None
-        if max(_size(rows), _size(keys)) <= SEGMENT:
-            return self._leaf(rows, keys)
+        by_trees = self._kernel.backward_by_trees(self._scores) and len(self._intervals) == 1
+        if by_trees or max(_size(rows), _size(keys)) <= SEGMENT:
+            return self._by_kernel(rows, keys)
         if _size(rows) > _size(keys):
             above, below = self._halves([(half, keys) for half in _halves(rows)])
             bias = None if above.bias is None or below.bias is None else torch.cat([above.bias, below.bias], dim=2)
@@ -213,7 +214,7 @@ class Blocks:
                 return True
         return False
 
-    def _leaf(self, rows: slice, keys: slice) -> Gradients:
+    def _by_kernel(self, rows: slice, keys: slice) -> Gradients:
         q, k, v = self._tensors
         scores = self._scores.some_rows(rows).some_keys(keys)
         g = self._gradient

@@ -80,6 +80,9 @@ class NativeKernel(Kernel):
             return EagerKernel().backward_leaf(q, k, v, lo, hi, scores, gradient)
         return self._backward(q, k, v, lo, hi, scores, gradient, SEGMENT)
 
+    def backward_by_trees(self, scores: Scores) -> bool:
+        return scores.bias is None
+
     def _backward(
         self,
         q: Tensor,

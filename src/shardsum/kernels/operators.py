@@ -8,7 +8,7 @@ but its bias, and an instruction set, by default the best that runs here: softca
 dropout_p=0.0, seed=0, head=0, rows=None, keys=None, own=None, instruction_set=None, segment=0. With a multiple of
 256 for `segment`, the forward sums keys by segments of so many, from key 0 on, and merges the segments' states
 along the one binary tree over their numbers: a row's bits depend on itself and the keys it sees alone. The
-backward then takes a head's rows in one order.
+backward does so too, d_k and d_v over segments of rows.
 
 Shapes: q (batch, q_heads, q_len, head_dim), k (batch, kv_heads, kv_len, head_dim), v (batch, kv_heads, kv_len,
 v_dim), of any strides; lo, hi and own (batch or 1, q_len), rows (q_len,), keys (kv_len,), int64; alibi_slopes
