@@ -20,9 +20,14 @@ def listening(mark: str) -> set[tuple[str, str]]:
         if entry.name.isdigit():
             with contextlib.suppress(OSError):  # it has ended
                 if mark.encode() in (entry / "environ").read_bytes():
-                    addresses = _addresses()
-                    found |= {(_who(entry), addresses[inode]) for inode in _sockets(entry) & addresses.keys()}
+                    found |= {(_who(entry), address) for address in addresses(entry)}
     return found
+
+
+def addresses(entry: Path) -> set[str]:
+    """Those that one process of /proc listens on."""
+    everyones = _addresses()
+    return {everyones[inode] for inode in _sockets(entry) & everyones.keys()}
 
 
 def _who(entry: Path) -> str:
