@@ -106,10 +106,17 @@ def test_the_audit_sees_what_listens_everywhere() -> None:
         assert found == {("rank", address)}
 
 
-def test_a_master_that_is_no_address_of_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {**BY_HAND[0], "MASTER_ADDR": "203.0.113.1", "MASTER_PORT": "29500"}.items():
+@pytest.mark.parametrize(
+    ("address", "port"), [("203.0.113.1", "29500"), ("", "29500"), ("127.0.0.1", "65536"), ("127.0.0.1", "any")]
+)
+def test_a_master_that_is_no_address_of_this_host(
+    address: str, port: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**BY_HAND[0], "MASTER_ADDR": address, "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=r"rank 0 can't listen on MASTER_ADDR=203\.0\.113\.1, MASTER_PORT=29500"):
+    with pytest.raises(
+        ValueError, match=f"rank 0 can't listen on MASTER_ADDR={address}, MASTER_PORT={port}, which"
+    ):
         connect("gloo")
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(ValueError, match="needs the environment of torchrun"):

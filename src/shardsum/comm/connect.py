@@ -130,11 +130,15 @@ def _rendezvous(timeout: timedelta) -> tuple[Any, int, int]:
         return next(theirs)
     size, name, port = (os.environ[key] for key in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     try:
-        found = socket.getaddrinfo(name, int(port), type=socket.SOCK_STREAM)
-        family, *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-        listener = socket.create_server(address[:2], family=family, backlog=socket.SOMAXCONN)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:  # it may be the program's own store, which torch then shares
+        if not 0 < int(port) < 1 << 16:
+            raise ValueError("ports are numbered from 1 to 65535")
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        family, *_, (address, *_) = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+        listener = socket.create_server((address, int(port)), family=family, backlog=socket.SOMAXCONN)
+    except (OSError, ValueError) as error:
+        if (
+            getattr(error, "errno", None) == errno.EADDRINUSE
+        ):  # it may be the program's own store, which torch then shares
             return next(theirs)
         raise ValueError(
             f"rank 0 can't listen on MASTER_ADDR={name}, MASTER_PORT={port}, which must be an address of its "
@@ -142,7 +146,7 @@ def _rendezvous(timeout: timedelta) -> tuple[Any, int, int]:
         ) from error
     held = listener.detach()
     store = TCPStore(
-        str(address[0]),
+        str(address),
         int(port),
         int(size),
         is_master=True,
