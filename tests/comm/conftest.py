@@ -1,4 +1,4 @@
-"""That nothing stays behind, whatever the end of a launch."""
+"""That nothing stays behind, whatever the end of a launch, and nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ..unpickling import nothing_is_unpickled
+
+__all__ = ["nothing_is_unpickled", "nothing_stays_behind"]
 
 
 @pytest.fixture

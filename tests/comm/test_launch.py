@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -368,3 +369,23 @@ def test_functions_of_the_main_script_end_with_it(transport: str, end: signal.Si
     for rank in range(2):
         assert f"rank {rank}: total 22, on a terminal: {on_terminal}".encode() in output
     assert (b"KeyboardInterrupt" in output) == on_terminal
+
+
+def modes(comm: Communicator, launcher: int) -> dict[str, str]:
+    """The permissions of every directory that the launch has made."""
+    comm.barrier()
+    places = [Path(tempfile.gettempdir()), Path("/dev/shm")]
+    made = [path for place in places for path in place.glob(f"shardsum-{launcher}-*")]
+    found = {str(path): oct(path.stat().st_mode & 0o777) for path in made}
+    comm.barrier()
+    return found
+
+
+@pytest.mark.parametrize("transport", PROCESSES)
+def test_what_a_launch_makes_is_its_users_alone(transport: str) -> None:
+    before = os.umask(0)
+    try:
+        found = launch(modes, ranks=2, transport=transport, args=(os.getpid(),))
+    finally:
+        os.umask(before)
+    assert all(len(each) == 2 and set(each.values()) == {"0o700"} for each in found), found

@@ -31,7 +31,7 @@ def assert_wired(found: Iterable[dict[str, Any]]) -> None:
 def two_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each of two ranks finds, one on each of two hosts."""
     with Hosts(2) as hosts:
-        return run(request.param, hosts, 1, "values,traffic", tmp_path_factory.mktemp("ranks"))
+        return run(request.param, hosts, 1, "values,traffic,sockets", tmp_path_factory.mktemp("ranks"))
 
 
 def test_values_and_gradients_are_right_on_every_rank(two_ranks: list[Any]) -> None:
@@ -41,6 +41,14 @@ def test_values_and_gradients_are_right_on_every_rank(two_ranks: list[Any]) -> N
 def test_what_is_declared_is_what_the_interfaces_count(two_ranks: list[Any]) -> None:
     for name in two_ranks[0]["traffic"]:
         assert_wired(found["traffic"][name] for found in two_ranks)
+
+
+def test_ranks_listen_on_the_interface_named(two_ranks: list[Any]) -> None:
+    """Open MPI connects by it alone, but its ports are open to all (docs/security.md)."""
+    everywhere = ["0.0.0.0", "::"]
+    expected = {"gloo": [["10.77.0.1"], ["10.77.0.2"]], "mpi": [everywhere, everywhere]}
+    transport = two_ranks[0]["sockets"][0]
+    assert [found["sockets"][1] for found in two_ranks] == expected[transport]
 
 
 @pytest.mark.nightly

@@ -19,6 +19,7 @@ from shardsum.collectives import MERGE, Collective, RecursiveDoubling, TwoLevel
 from shardsum.comm import Communicator
 from shardsum.strategies import STRATEGIES
 
+from ..comm.sockets import addresses
 from ..distributed.cases import Recorded, supported
 from ..distributed.random_problems import check, draw, plain
 from ..test_cache import prefill_then_decode
@@ -122,6 +123,11 @@ def levels(comm: Communicator) -> dict[str, Any]:
     return {**found, "hosts": comm.hosts(), "state": REPETITIONS * rows.nbytes}
 
 
+def sockets(comm: Communicator) -> list[Any]:
+    """Where this rank listens."""
+    return [comm.transport, sorted(addresses(Path("/proc/self")))]
+
+
 def lost(comm: Communicator) -> dict[str, Any]:
     """How this rank hears of a rank that is killed, or of a link that is cut, in the midst of calls."""
     comm.deadline_seconds = DEADLINE_SECONDS
@@ -136,7 +142,7 @@ def lost(comm: Communicator) -> dict[str, Any]:
             return {"error": str(error), "seconds": time.monotonic() - start}
 
 
-WORK = {work.__name__: work for work in (values, traffic, speed, levels, lost)}
+WORK = {work.__name__: work for work in (values, traffic, sockets, speed, levels, lost)}
 
 
 def main(what: str, directory: Path) -> None:

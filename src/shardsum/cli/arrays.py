@@ -6,6 +6,7 @@ import os
 import threading
 import uuid
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import safetensors.torch
@@ -16,6 +17,20 @@ from torch import Tensor
 SUFFIXES = (".npy", ".safetensors")
 # NumPy parses a header by `ast`, which in Python 3.11 fails in two threads at once (python/cpython issue 106905).
 _PARSING = threading.Lock()
+# NumPy's own limit of a header, which it looks at when it has made room for what the file announces, up to 4 GB.
+_MAX_HEADER_BYTES = 10_000
+# What its parser and the one of safetensors raise for files that are not what they should be.
+_BROKEN_FILE = (
+    OSError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    MemoryError,
+    RecursionError,
+    SyntaxError,
+    TokenError,
+    SafetensorError,
+)
 
 
 def open_array(name: str) -> Tensor:
@@ -31,7 +46,7 @@ def open_array(name: str) -> Tensor:
         raise ValueError(f"{path} is a folder, not a file." if path.is_dir() else f"no such file: {path}")
     try:
         array = _open_npy(path) if path.suffix == ".npy" else _open_safetensors(path, key)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except _BROKEN_FILE as error:
         raise ValueError(f"can't read {name}: {' '.join(str(error).split())}") from error
     if not array.is_floating_point():
         raise ValueError(f"{name} must hold floating-point numbers: got {array.dtype}.")
@@ -39,8 +54,13 @@ def open_array(name: str) -> Tensor:
 
 
 def _open_npy(path: Path) -> Tensor:
+    with path.open("rb") as file:
+        start = file.read(12)
+    header_bytes = int.from_bytes(start[8 : 10 if start[6:7] == b"\1" else 12], "little")
+    if header_bytes > _MAX_HEADER_BYTES:
+        raise ValueError(f"its header would have {header_bytes} bytes, more than {_MAX_HEADER_BYTES}.")
     # "c" (copy on write): torch wants memory that may be written, and the file must not be.
-    with _PARSING:
+    with _PARSING, np.errstate(over="raise"):
         return torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))
 
 

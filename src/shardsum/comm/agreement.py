@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import struct
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,10 +20,12 @@ from torch import Tensor
 from ..errors import Mismatch
 from .base import Communicator
 
-# Magic, version, failed, call number, epoch, q_len, kv_len, description bytes, digest.
-_HEADER = struct.Struct("<4sHHqqqqq16s")
-_MAGIC, _VERSION = b"ssum", 2
-_MAX_DESCRIPTION_BYTES = 1 << 16
+# Magic, version, failed, call number, epoch, q_len, kv_len, description bytes, digest; then the CRC-32 of these.
+_HEADER = struct.Struct("<4sHHqqqqI16s")
+_CHECK = struct.Struct("<I")
+_MAGIC, _VERSION = b"ssum", 3
+# What a header may announce. Positions of a longer sequence would be 8 TB by themselves.
+_MAX_DESCRIPTION_BYTES, _MAX_LENGTH, _MAX_CALLS = 1 << 16, 1 << 40, 1 << 62
 
 
 def agree(
@@ -41,11 +45,11 @@ def agree(
     rank gave its own.
     """
     comm.calls += 1
-    text = ""
+    text, epoch = "", 0
     if error is None:
         try:
-            text = json.dumps(call, sort_keys=True)
-        except TypeError as mistake:
+            text, epoch = json.dumps(call, sort_keys=True), _epoch(comm)
+        except (TypeError, ValueError) as mistake:
             error = mistake
     if error is not None:
         text = f"{type(error).__name__}: {error}"
@@ -57,13 +61,11 @@ def agree(
             raise error
         return [(q_len, kv_len)]
     header = _HEADER.pack(
-        _MAGIC, _VERSION, error is not None, comm.calls, comm.epoch, q_len, kv_len, len(description), digest
+        _MAGIC, _VERSION, error is not None, comm.calls, epoch, q_len, kv_len, len(description), digest
     )
+    header += _CHECK.pack(zlib.crc32(header))
     gathered = comm.all_gather(torch.frombuffer(bytearray(header), dtype=torch.uint8))
-    headers = [_HEADER.unpack(part.numpy().tobytes()) for part in gathered]
-    for rank, (magic, version, *_) in enumerate(headers):
-        if (magic, version) != (_MAGIC, _VERSION):
-            raise Mismatch(f"rank {rank} does not speak shardsum's protocol version {_VERSION}.")
+    headers = [_read(part.numpy().tobytes(), rank) for rank, part in enumerate(gathered)]
     numbers, epochs = [h[3] for h in headers], [h[4] for h in headers]
     failed = [rank for rank, h in enumerate(headers) if h[2]]
     if not failed and all(h[8] == digest for h in headers) and len(set(numbers)) == len(set(epochs)) == 1:
@@ -74,12 +76,38 @@ def agree(
         raise error
     if failed:
         raise Mismatch("; ".join(f"rank {rank} could not take part: {texts[rank]}" for rank in failed)) from error
-    raise Mismatch(" ".join([*_unequal("call number", numbers), *_unequal("epoch", epochs), *_differences(texts)]))
+    found = [*_unequal("call number", numbers), *_unequal("epoch", epochs), *_differences(texts)]
+    raise Mismatch(" ".join(found) or _TOO_LONG)
+
+
+_TOO_LONG = "the ranks made different calls, too long to compare argument by argument."
+
+
+def _epoch(comm: Communicator) -> int:
+    epoch = operator.index(comm.epoch)
+    if not -(1 << 63) <= epoch < 1 << 63:
+        raise ValueError(f"comm.epoch must fit into 64 bits: got {epoch}.")
+    return epoch
+
+
+def _read(frame: bytes, rank: int) -> tuple[Any, ...]:
+    """The fields of a rank's header, before anything is made of the sizes in it. Raises: Mismatch."""
+    fields = magic, version, failed, number, _, q_len, kv_len, size, _ = _HEADER.unpack_from(frame)
+    if (magic, version) != (_MAGIC, _VERSION):
+        raise Mismatch(f"rank {rank} does not speak shardsum's protocol version {_VERSION}.")
+    if not (
+        _CHECK.unpack_from(frame, _HEADER.size)[0] == zlib.crc32(frame[: _HEADER.size])
+        and failed <= 1
+        and 0 < number < _MAX_CALLS
+        and 0 <= q_len <= _MAX_LENGTH
+        and 0 <= kv_len <= _MAX_LENGTH
+        and size <= _MAX_DESCRIPTION_BYTES
+    ):
+        raise Mismatch(f"rank {rank} sent a malformed header.")
+    return fields
 
 
 def _gather_descriptions(comm: Communicator, description: bytes, sizes: Sequence[int]) -> list[str]:
-    if any(not 0 <= size <= _MAX_DESCRIPTION_BYTES for size in sizes):
-        raise Mismatch("a rank announced a description of impossible length.")
     part = torch.frombuffer(bytearray(description), dtype=torch.uint8)
     parts = comm.all_gather(part, [(size,) for size in sizes])
     return [part.numpy().tobytes().decode(errors="replace") for part in parts]
@@ -91,10 +119,10 @@ def _differences(texts: Sequence[str]) -> list[str]:
         return []
     try:
         calls = [json.loads(text) for text in texts]
-    except json.JSONDecodeError:  # a description longer than the cap was cut
-        return ["the ranks made different calls, too long to compare argument by argument."]
-    names = sorted({name for call in calls for name in call})
-    return [sentence for name in names for sentence in _unequal(name, [call.get(name) for call in calls])]
+        names = sorted({name for call in calls for name in call})
+        return [sentence for name in names for sentence in _unequal(name, [call.get(name) for call in calls])]
+    except (ValueError, TypeError, AttributeError, RecursionError):  # cut at the cap, or no description at all
+        return [_TOO_LONG]
 
 
 def _unequal(name: str, values: Sequence[Any]) -> list[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
+import socket
+from collections.abc import Iterator
 from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any
@@ -105,15 +108,53 @@ def _connect(name: str, deadline: float) -> Communicator:
     _share_cores()
     if name == "mpi":
         return MpiCommunicator(deadline_seconds=deadline)
-    if "RANK" not in os.environ:
+    if not os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:
         raise ValueError(f"{name} needs the environment of torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).")
-    from torch.distributed import rendezvous
-
-    store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=deadline)))
+    store, rank, size = _rendezvous(timedelta(seconds=deadline))
     if name == "gloo":
         return connect_gloo(store, rank, size, deadline, _interfaces())
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return connect_nccl(store, rank, size, deadline)
+
+
+def _rendezvous(timeout: timedelta) -> tuple[Any, int, int]:
+    """The c10d store, this rank and the number of ranks, of the environment that torchrun sets.
+
+    Where no agent of torchrun holds the store, rank 0 does: torch would listen on every address of the machine, so
+    the socket is made here, on that of MASTER_ADDR.
+    """
+    from torch.distributed import TCPStore, rendezvous
+
+    theirs: Iterator[tuple[Any, int, int]] = rendezvous("env://", timeout=timeout)  # which starts when it is asked
+    if os.environ["RANK"] != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return next(theirs)
+    size, name, port = (os.environ[key] for key in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    try:
+        if not 0 < int(port) < 1 << 16:
+            raise ValueError("ports are numbered from 1 to 65535")
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        family, *_, (address, *_) = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+        listener = socket.create_server((address, int(port)), family=family, backlog=socket.SOMAXCONN)
+    except (OSError, ValueError) as error:
+        if (
+            getattr(error, "errno", None) == errno.EADDRINUSE
+        ):  # it may be the program's own store, which torch then shares
+            return next(theirs)
+        raise ValueError(
+            f"rank 0 can't listen on MASTER_ADDR={name}, MASTER_PORT={port}, which must be an address of its "
+            f"host and a free port: {error}"
+        ) from error
+    held = listener.detach()
+    store = TCPStore(
+        str(address),
+        int(port),
+        int(size),
+        is_master=True,
+        timeout=timeout,
+        multi_tenant=True,  # a group that the program makes by itself can use it too
+        master_listen_fd=held,
+    )
+    return store, 0, int(size)
 
 
 def _interfaces() -> list[str]:

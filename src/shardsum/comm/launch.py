@@ -180,10 +180,10 @@ def _died(rank: int, end: str) -> _Failure:
 def _error(report: dict[str, str]) -> BaseException:
     """The error of a report: of its own class if that is built in or ours and takes one message."""
     home = {"builtins": builtins, "shardsum.errors": errors}.get(report["module"])
-    if home is not None:
+    kind = getattr(home, report["name"], None)
+    if isinstance(kind, type) and issubclass(kind, BaseException):  # and not `exec`
         try:
-            error: BaseException = getattr(home, report["name"])(report["message"])
-            return error
+            return kind(report["message"])
         except TypeError:  # UnicodeDecodeError takes five arguments
             pass
     return RuntimeError(f"{report['name']}: {report['message']}")

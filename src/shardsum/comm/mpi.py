@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -132,13 +133,33 @@ def _named(peers: Sequence[int]) -> str:
 
 def _import_mpi() -> Any:
     """mpi4py.MPI; importing it starts MPI, so nothing does before the first communicator."""
+    ours = {} if "mpi4py.MPI" in sys.modules else _without_sockets()
+    os.environ.update(ours)
     try:
         from mpi4py import MPI
     except ImportError as missing:
         raise Unsupported(
             "the mpi transport needs mpi4py and an MPI library: pip install 'shardsum[mpi]'."
         ) from missing
+    finally:
+        for name in ours:
+            del os.environ[name]
     return MPI
+
+
+def _without_sockets() -> dict[str, str]:
+    """Settings under which MPI listens on no address, where all ranks are on one host and the user has set none.
+
+    Shared memory carries everything there; Open MPI and MPICH (UCX) open TCP ports all the same.
+    """
+    place = os.environ.get
+    if place("OMPI_COMM_WORLD_SIZE", "") == place("OMPI_COMM_WORLD_LOCAL_SIZE"):
+        wanted = {"OMPI_MCA_btl": "^tcp"}
+    elif place("PMI_SIZE", "") == place("MPI_LOCALNRANKS"):
+        wanted = {"UCX_TLS": "shm,self"}
+    else:
+        wanted = {}
+    return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
 def _displacements(sizes: Sequence[int]) -> list[int]:

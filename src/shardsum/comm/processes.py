@@ -41,6 +41,7 @@ def run_processes(directory: Path, ranks: int, transport: str, threads: int) -> 
         # Up to this size a message is copied and gone; beyond it, both sides must be there at the same time. The
         # usual 4 KB are less than one attention state.
         environment |= {"OMPI_MCA_btl_sm_eager_limit": str(EAGER_BYTES)}
+        environment |= {"UCX_TLS": "shm,self"}  # the same for MPICH
         if SHARED_MEMORY.is_dir():  # in a place of our own, which we can clear after any end
             environment["OMPI_MCA_btl_sm_backing_directory"] = str(SHARED_MEMORY / directory.name)
     else:
@@ -59,9 +60,10 @@ def run_processes(directory: Path, ranks: int, transport: str, threads: int) -> 
         group.end()
     said = [file.read_text(errors="replace") for file in group.said]
     if transport == "mpi":
-        ends = _recorded_ends(directory)
-        everyone = {} if codes[0] is None else dict.fromkeys(range(ranks), f"mpiexec: {_end(codes[0], said[0])}")
-        return {rank: _end(code, said[0]) for rank, code in ends.items()} or everyone
+        ends = {rank: _end(code, said[0]) for rank, code in _recorded_ends(directory).items()}
+        if ends or codes[0] is None or any(directory.glob("error.*[0-9]")):
+            return ends
+        return dict.fromkeys(range(ranks), f"mpiexec: {_end(codes[0], said[0])}")
     return {rank: _end(code, said[rank]) for rank, code in enumerate(codes) if code is not None}
 
 
@@ -78,13 +80,16 @@ def find_mpiexec() -> str | None:
 
 
 @functools.cache
+def _version(mpiexec: str) -> str:
+    return subprocess.run([mpiexec, "--version"], capture_output=True, text=True, timeout=60).stdout
+
+
 def reports_lost_ranks(mpiexec: str) -> bool:
     """Whether it knows `--with-ft ulfm`: Open MPI from 5 on does.
 
     Source: Bland et al. 2013 (Post-failure recovery of MPI communication capability).
     """
-    said = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, timeout=60).stdout
-    version = re.search(r"Open MPI\D*(\d+)", said)
+    version = re.search(r"Open MPI\D*(\d+)", _version(mpiexec))
     return version is not None and int(version[1]) >= 5
 
 
@@ -92,12 +97,13 @@ def _mpiexec(ranks: int) -> list[str]:
     program = find_mpiexec()
     if program is None:
         raise Unsupported("the mpi transport needs mpiexec: pip install 'shardsum[mpi]', or put mpiexec on PATH.")
-    command = [program, "-n", str(ranks)]
+    command, cores = [program, "-n", str(ranks)], len(os.sched_getaffinity(0))
+    if "HYDRA" in _version(program):  # MPICH's
+        return [*command, "-iface", "lo", "-bind-to", f"core:{cores // ranks}" if ranks <= cores else "none"]
     if reports_lost_ranks(program):
         command += ["--with-ft", "ulfm"]
     if os.geteuid() == 0:
         command.append("--allow-run-as-root")
-    cores = len(os.sched_getaffinity(0))
     if ranks > cores:
         return [*command, "--oversubscribe", "--bind-to", "none"]
     return [*command, "--map-by", f"slot:PE={cores // ranks}", "--bind-to", "core"]
@@ -122,7 +128,7 @@ class _Group:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.said: list[Path] = []
         if SHARED_MEMORY.is_dir():
-            (SHARED_MEMORY / directory.name).mkdir()
+            (SHARED_MEMORY / directory.name).mkdir(mode=0o700)  # as mkdtemp made the directory
         os.mkfifo(directory / "alive")
         self._held.append(os.open(directory / "alive", os.O_RDWR))  # closed when we end, however that is
         for rank in range(ranks):

@@ -123,7 +123,7 @@ class TorchCommunicator(Communicator):
         store to write it to: a rank that ends because it missed another is missed itself."""
         first = peer
         if self._store is not None and peer is not None:
-            with contextlib.suppress(RuntimeError):  # the store may be gone with its rank
+            with contextlib.suppress(RuntimeError, ValueError):  # the store may be gone with its rank
                 self._store.set_timeout(timedelta(seconds=1))
                 first = int(self._store.compare_set("lost", "", str(peer)))
         who = "a peer" if first is None else f"rank {first}"

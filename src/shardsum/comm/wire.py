@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,10 +31,13 @@ def save(path: Path, value: Any) -> None:
 
 
 def load(path: Path) -> Any:
-    """The value that `save` wrote."""
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return _decode(json.loads(file.metadata()["value"]), tensors)
+    """The value that `save` wrote. Raises: ValueError for any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return _decode(json.loads(file.metadata()["value"]), tensors)
+    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a file of values: {error}") from error
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:

@@ -152,7 +152,7 @@ def _converted(gguf: Path, dtype: torch.dtype) -> Path:
     target = root / f"{gguf.stem}-{_identity(gguf, dtype)}"
     if target.is_dir():
         return target
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"), quiet():
         if target.is_dir():
             return target
