@@ -116,8 +116,11 @@ def attention(
     weights = torch.where(scores.isnan(), scores, weights)
     total = weights.sum(dim=-1)
     weights = weights[..., : k.shape[2]] if kept is None else weights[..., : k.shape[2]] * kept
-    products = torch.where(see.unsqueeze(-1), weights.unsqueeze(-1) * v.unsqueeze(2), 0.0)
-    out = products.sum(dim=3) / torch.where(total == 0, 1.0, total).unsqueeze(-1)
+    if bool(v.isfinite().all()):
+        out = weights @ v  # to zero times a number the next lines come too, by v_dim times the memory
+    else:
+        out = torch.where(see.unsqueeze(-1), weights.unsqueeze(-1) * v.unsqueeze(2), 0.0).sum(dim=3)
+    out = out / torch.where(total == 0, 1.0, total).unsqueeze(-1)
     blind = total == 0
     lse = torch.where(blind, 1.0, total).log() + (top.squeeze(-1) if isinstance(top, Tensor) else top)
     return out, torch.where(blind, -math.inf, lse)

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,25 +24,44 @@ from shardsum.comm import Communicator
 VICTIM = 1
 
 
-def _close_sockets() -> None:
-    """Shut every connection of this process down, as a network that is gone does."""
+class OwnError(Exception):
+    """A class that the launching process does not know."""
+
+
+def _close_sockets(how: int | None = socket.SHUT_RDWR) -> None:
+    """Shut every connection of this process down, as a network that is gone does; None: close its descriptor."""
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # of the listing's own, and of a socket that only listens
             if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 with socket.socket(fileno=os.dup(int(name))) as connection:
                     connection.getpeername()
-                    connection.shutdown(socket.SHUT_RDWR)
+                    if how is None:
+                        os.close(int(name))
+                    else:
+                        connection.shutdown(how)
 
 
 def _raise(error: BaseException) -> None:
     raise error
 
 
+def _recurse() -> None:
+    _recurse()
+
+
+def _wait_for_itself() -> None:
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+
+
+def _signal(name: str) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), getattr(signal, name))
+
+
 HOW: dict[str, Callable[[], Any]] = {
-    "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
-    "SIGSTOP": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-    "Ctrl-C": lambda: os.kill(os.getpid(), signal.SIGINT),
+    **{name: _signal(name) for name in ("SIGKILL", "SIGTERM", "SIGSTOP")},
+    "Ctrl-C": _signal("SIGINT"),
     "segfault": lambda: ctypes.string_at(0),
     "abort": os.abort,
     "exception": lambda: _raise(ZeroDivisionError("on purpose")),
@@ -50,6 +70,24 @@ HOW: dict[str, Callable[[], Any]] = {
     "os._exit": lambda: os._exit(5),
     "os._exit as if all were well": lambda: os._exit(0),
     "closed sockets": _close_sockets,
+}
+# Rarer ones, each at one moment.
+ALSO: dict[str, Callable[[], Any]] = {
+    **{name: _signal(name) for name in ("SIGHUP", "SIGQUIT", "SIGILL", "SIGBUS", "SIGFPE", "SIGUSR1", "SIGALRM")},
+    "assertion": lambda: _raise(AssertionError("on purpose")),
+    "StopIteration": lambda: _raise(StopIteration("on purpose")),
+    "recursion without end": _recurse,
+    "an exception of one's own": lambda: _raise(OwnError("on purpose")),
+    "an exception that takes more than words": lambda: b"\xff".decode(),
+    "no memory for a tensor": lambda: torch.empty(1 << 55),
+    "sys.exit as if all were well": lambda: sys.exit(0),
+    "sys.exit with words": lambda: sys.exit("on purpose"),
+    "another program": lambda: os.execv("/bin/true", ["true"]),
+    "asleep": lambda: time.sleep(1000),
+    "asleep with the interpreter's lock": lambda: ctypes.PyDLL(None).sleep(1000),
+    "waits for itself": _wait_for_itself,
+    "half-closed sockets": lambda: _close_sockets(socket.SHUT_WR),
+    "closed descriptors": lambda: _close_sockets(None),
 }
 WHEN = ("before the first call", "agreement", "payload", "between", "backward", "decode")
 
@@ -73,10 +111,13 @@ def end_at(comm: Communicator, how: str, when: str, directory: str) -> None:
 
     def end() -> None:
         Path(directory, "ended").write_text(str(time.time()))
-        HOW[how]()
+        {**HOW, **ALSO}[how]()
 
     at = {moment: comm.rank == VICTIM and moment == when for moment in WHEN}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # off in what a shell starts in the background
+    # Off in what a shell, or nohup, starts in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for ignored in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(ignored, signal.SIG_DFL)
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 12, 4).requires_grad_() for _ in range(3))
     cache = KVCache(comm=comm, layers=1, kv_heads=2, head_dim=4)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed import FileStore
+from torch.distributed import FileStore, HashStore
 
 from shardsum.comm import Communicator, launch
 from shardsum.comm.mpi import MpiCommunicator
@@ -131,6 +131,22 @@ def test_no_wait_outlasts_the_deadline(transport: str, tmp_path: Path) -> None:
         launch(wait_for_a_rank_that_does_not_come, 2, transport, (str(tmp_path),), deadline=0.05)
     assert raised.value.rank == 1  # type: ignore[attr-defined]
     assert time.monotonic() - start < 40
+
+
+class SilentStore(HashStore):
+    """On a host that is cut off: no timeout of its own ends the wait for it."""
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        time.sleep(5)
+        return desired.encode()
+
+
+def test_a_store_that_does_not_answer_holds_up_no_error() -> None:
+    comm = TorchCommunicator(None, 0, 3, store=SilentStore())
+    start = time.monotonic()
+    error = comm._lost_by(2, RuntimeError("timed out"))
+    assert str(error) == "rank 0 waited for rank 2, which is gone or stuck: timed out"
+    assert time.monotonic() - start < 3
 
 
 def test_threads_do_not_outlast_the_deadline() -> None:

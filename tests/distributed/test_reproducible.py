@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import itertools
-from typing import Any
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from jaxtyping import config
 from torch import Tensor
 
 import shardsum
 from shardsum import KVCache, launch
 from shardsum.comm import Communicator
-from shardsum.kernels import that_run_here
-from shardsum.strategies import STRATEGIES
-from shardsum.tree import Forest, Node
+from shardsum.kernels import fixed, that_run_here
+from shardsum.strategies import STRATEGIES, Ulysses
+from shardsum.tree import Forest
 
 from ..tolerances import assert_close
 
 Q_LEN, KV_LEN = 600, 1100
-ROOT = Node(3, 0)
 LAYOUTS = ("contiguous", "zigzag", "striped")
 MASKS: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
@@ -35,6 +39,14 @@ MASKS: dict[str, dict[str, Any]] = {
     "scale": {"causal": True, "scale": torch.tensor([0.2, 0.3, 0.4, 0.5])},
     "dropout": {"causal": True, "dropout_p": 0.2, "seed": 3},
 }
+
+
+@pytest.fixture(autouse=True)
+def without_shape_checks() -> Iterator[None]:
+    """They take half of the time here, and are made wherever values are tested."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 @functools.cache
@@ -57,15 +69,28 @@ def digest(x: Tensor) -> str:
     return hashlib.sha256(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
-def run(comm: Communicator, kernel: str, layout: str, strategy: str, mask: str, dtype: str) -> list[str] | None:
-    """The digests of out, dq, dk, dv put together again, the same on every rank; None if not supported."""
-    q, k, v, d_out = tensors(kernel, dtype)
-    place: dict[str, Any] = {"comm": comm, "layout": layout, "reproducible": True}
+class Case(NamedTuple):
+    """What the bits may not depend on, and what they may; `threads`: of each rank."""
+
+    kernel: str
+    layout: str
+    strategy: str
+    mask: str
+    threads: int = 1
+    dtype: str = "float32"
+
+
+def run(comm: Communicator, case: Case) -> list[str] | None:
+    """The digests of out, dq, dk, dv put together again, the same on every rank; None if refused."""
+    torch.set_num_threads(case.threads)
+    q, k, v, d_out = tensors(case.kernel, case.dtype)
+    place: dict[str, Any] = {"comm": comm, "layout": case.layout, "reproducible": True}
     own = [shardsum.shard(x, **place).requires_grad_() for x in (q, k, v)]
     try:
-        out = shardsum.attention(*own, **place, strategy=strategy, kernel=kernel, **options(mask, q))
+        out = shardsum.attention(
+            *own, **place, strategy=case.strategy, kernel=case.kernel, **options(case.mask, q)
+        )
     except shardsum.Unsupported:
-        assert strategy in ("ulysses", "hybrid")
         return None
     found = [out, *torch.autograd.grad(out, own, shardsum.shard(d_out, **place))]
     return [digest(shardsum.unshard(x.detach(), **place)) for x in found]
@@ -74,58 +99,71 @@ def run(comm: Communicator, kernel: str, layout: str, strategy: str, mask: str, 
 @functools.cache
 def expected(kernel: str, mask: str, dtype: str, threads: int = 1) -> list[str]:
     """On one rank."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found = run(shardsum.connect(), kernel, "contiguous", "all_gather", mask, dtype)
-    finally:
-        torch.set_num_threads(before)
+    case = Case(kernel, "contiguous", "all_gather", mask, threads, dtype)
+    (found,) = launch(run, 1, "threads", (case,))
     assert found is not None
     return found
 
 
-def run_all(comm: Communicator, cases: list[list[str]]) -> list[list[str] | None]:
-    return [run(comm, *case) for case in cases]
+def run_all(comm: Communicator, cases: list[Case]) -> list[list[str] | None]:
+    return [run(comm, Case(*case)) for case in cases]
 
 
-def check(ranks: int, transport: str, cases: list[tuple[str, str, str, str, str]]) -> None:
-    """Every rank's bits of every case are those of one rank alone."""
-    for found in launch(run_all, ranks, transport, ([list(case) for case in cases],)):
+def has_heads(case: Case, ranks: int) -> bool:
+    """Whether whole groups of query heads can be shared out."""
+    strategy, kv_heads = STRATEGIES[case.strategy](), tensors(case.kernel)[1].shape[1]
+    return not isinstance(strategy, Ulysses) or kv_heads % strategy.ranks_in_node(ranks) == 0
+
+
+def check(ranks: int, transport: str, cases: list[Case]) -> None:
+    """Every rank's bits of every case are those of one rank alone; refused is what has too few heads."""
+    for found in launch(run_all, ranks, transport, (cases,)):
         for case, digests in zip(cases, found, strict=True):
-            kernel, _, _, mask, dtype = case
-            assert digests in (None, expected(kernel, mask, dtype)), (ranks, transport, case)
+            wanted = expected(case.kernel, case.mask, case.dtype) if has_heads(case, ranks) else None
+            assert digests == wanted, (ranks, transport, case)
 
 
-ALL = list(itertools.product(that_run_here(), LAYOUTS, STRATEGIES, MASKS, ["float32"]))
-NATIVE, OTHERS = ([case for case in ALL if (case[0] == "native") == native] for native in (True, False))
-THREADS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 32)  # ranks
+def product(kernels: Iterable[str]) -> list[Case]:
+    return [Case(*case) for case in itertools.product(kernels, LAYOUTS, STRATEGIES, MASKS, (1, 2))]
 
 
-def some(which: int) -> list[tuple[str, str, str, str, str]]:
-    """Some of all, fewer where a kernel is slow; 7 and 131 divide no number of layouts, strategies or masks."""
-    return NATIVE[which % 7 :: 7] + OTHERS[which % 131 :: 131]
+NATIVE = product({"native"} & {*that_run_here()})
+OTHERS = product(name for name in that_run_here() if name != "native")
 
 
-@pytest.mark.parametrize("ranks", THREADS)
-def test_the_same_bits_on_ranks_that_are_threads(ranks: int) -> None:
-    check(ranks, "threads", some(ranks) if ranks < 10 else NATIVE[ranks % 61 :: 61])
+def some(which: int, native: int, others: int) -> list[Case]:
+    """One case in so many, other ones for each `which`: primes divide no number of strategies, masks, ..."""
+    return NATIVE[which % native :: native] + OTHERS[which % others :: others]
 
 
-@pytest.mark.parametrize(("transport", "ranks"), [("gloo", 2), ("mpi", 3)])
-def test_the_same_bits_on_ranks_that_are_processes(transport: str, ranks: int) -> None:
-    check(ranks, transport, some(40 + ranks))
+RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 32)  # that are threads
+SOME = {("threads", ranks): some(ranks, 11, 173) if ranks < 10 else NATIVE[ranks % 61 :: 61] for ranks in RANKS}
+SOME |= {("gloo", 2): some(42, 11, 173), ("mpi", 3): some(43, 11, 173)}
+MANY = {("threads", ranks): some(ranks, 1, 13 if ranks < 10 else 37) for ranks in RANKS}
+MANY |= {where: some(where[1], 1, 13) for where in itertools.product(("gloo", "mpi"), (1, 2, 3, 4))}
+
+
+def combinations(chosen: dict[tuple[str, int], list[Case]]) -> int:
+    """How many of them are computed, and not refused."""
+    return sum(has_heads(case, ranks) for (_, ranks), cases in chosen.items() for case in set(cases))
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native kernels are not installed")
+def test_there_are_enough_combinations() -> None:
+    assert combinations(SOME) >= 300
+    assert combinations(MANY) >= 5000
+
+
+@pytest.mark.parametrize(("transport", "ranks"), SOME)
+def test_the_same_bits(transport: str, ranks: int) -> None:
+    check(ranks, transport, SOME[transport, ranks])
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("ranks", THREADS)
-def test_all_of_them(ranks: int) -> None:
-    check(ranks, "threads", ALL)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize(("transport", "ranks"), list(itertools.product(("gloo", "mpi"), (1, 2, 3, 4))))
-def test_many_of_them_on_processes(transport: str, ranks: int) -> None:
-    check(ranks, transport, ALL[ranks::7])
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize(("transport", "ranks"), MANY)
+def test_the_same_bits_of_many(transport: str, ranks: int) -> None:
+    check(ranks, transport, MANY[transport, ranks])
 
 
 @pytest.mark.parametrize("kernel", that_run_here())
@@ -136,7 +174,7 @@ def test_the_same_bits_on_any_number_of_threads_of_a_rank(kernel: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_other_dtypes(dtype: str) -> None:
-    check(3, "threads", [(kernel, "zigzag", "ring", "causal", dtype) for kernel in that_run_here()])
+    check(3, "threads", [Case(kernel, "zigzag", "ring", "causal", dtype=dtype) for kernel in that_run_here()])
 
 
 @pytest.mark.parametrize("kernel", that_run_here())
@@ -269,16 +307,42 @@ def test_a_cut_segment_is_refused_by_every_rank() -> None:
     launch(refused, 3, "threads", deadline=20)
 
 
-def flat(self: Forest[Any], other: Forest[Any]) -> Forest[Any]:
-    """What peers do: each rank's partial result first."""
-    whole = [part.total() for part in (self, other) if part.nodes]
-    return self.of({node: self._combine(*whole) if len(whole) == 2 else whole[0] for node in [ROOT]})
+# Lines of the tree, each with one that looks as right.
+CHANGED: dict[str, tuple[Any, str, str, str]] = {
+    "each rank's partial result first": (
+        Forest,
+        "union",
+        "self.of({**self.nodes, **other.nodes})",
+        "self.of({Node(3, 0): self._combine(self.total(), other.total())})",
+    ),
+    "a node pairs with the next": (Forest, "_climb", "place=node.place ^ 1", "place=node.place + 1"),
+    "a node waits for no sibling": (Forest, "_climb", "whole or sibling.first >= self._count", "True"),
+    "a sibling is left out": (
+        Forest,
+        "_climb",
+        "self._combine(found.pop(node), found.pop(sibling))",
+        "found.pop(node)",
+    ),
+    "gradients of one segment and of all others": (
+        fixed,
+        "_halves",
+        "some.start + (SEGMENT << ((segments(_size(some)) - 1).bit_length() - 1))",
+        "some.start + SEGMENT",
+    ),
+}
 
 
 @pytest.mark.parametrize("strategy", ["all_gather", "ring"])
-def test_a_flat_sum_of_ranks_is_seen(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [("eager", "contiguous", strategy, "causal", "float32")]
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_changed_line_of_the_tree_is_seen(change: str, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, name, line, other = CHANGED[change]
+    source = textwrap.dedent(inspect.getsource(getattr(home, name)))
+    assert source.count(line) == 1
+    cases = [Case("native" if NATIVE else "eager", "contiguous", strategy, "causal")]
     check(2, "threads", cases)
-    monkeypatch.setattr(Forest, "union", flat)
-    with pytest.raises(AssertionError):
+    changed: dict[str, Any] = {}
+    exec(source.replace(line, other), vars(sys.modules[getattr(home, name).__module__]), changed)
+    monkeypatch.setattr(home, name, changed[name])
+    monkeypatch.setattr(sys.modules[__name__], "expected", functools.cache(expected.__wrapped__))
+    with pytest.raises(AssertionError, match="Case"):
         check(2, "threads", cases)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from threading import Condition
+from threading import Condition, Lock
 
 from torch import Tensor
 
@@ -18,38 +18,40 @@ class Hub:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._changed = Condition()
-        self._queues: dict[tuple[int, int], deque[Tensor]] = {
-            (source, to): deque() for source in range(size) for to in range(size)
-        }
+        pairs = [(source, to) for source in range(size) for to in range(size)]
+        self._queues: dict[tuple[int, int], deque[Tensor]] = {pair: deque() for pair in pairs}
+        # One each, of one lock: a message that wakes all others makes an all-gather of N ranks N^3 awakenings.
+        self._lock = Lock()
+        self._arrived = {pair: Condition(self._lock) for pair in pairs}
         self._gone: set[int] = set()
         self._failed: int | None = None
 
     def put(self, source: int, to: int, message: Tensor) -> None:
-        with self._changed:
+        with self._lock:
             self._queues[source, to].append(message)
-            self._changed.notify_all()
+            self._arrived[source, to].notify()
 
     def get(self, source: int, to: int, deadline_seconds: float) -> Tensor:
-        queue = self._queues[source, to]
+        queue, arrived = self._queues[source, to], self._arrived[source, to]
         end = time.monotonic() + deadline_seconds
-        with self._changed:
+        with self._lock:
             while not queue:
                 if self._failed is not None:
                     raise RankLost(f"rank {self._failed} failed; rank {to} was waiting for rank {source}.")
                 if source in self._gone:
                     raise RankLost(f"rank {source} has returned; rank {to} was waiting for it.")
-                if not self._changed.wait(end - time.monotonic()):
+                if not arrived.wait(end - time.monotonic()):
                     raise RankLost(f"rank {source} sent nothing to rank {to} within {deadline_seconds:g} s.")
             return queue.popleft()
 
     def leave(self, rank: int, failed: bool) -> None:
         """This rank sends nothing more: who waits for it waits in vain; if it failed, so does everyone."""
-        with self._changed:
+        with self._lock:
             self._gone.add(rank)
             if failed and self._failed is None:
                 self._failed = rank
-            self._changed.notify_all()
+            for arrived in self._arrived.values():
+                arrived.notify()
 
 
 class ThreadCommunicator(Communicator):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..errors import RankLost
 from .base import DEFAULT_DEADLINE_SECONDS, Communicator, as_bytes
 
+_STORE_SECONDS = 0.5  # for an answer, beside the deadline that has passed
 _groups = itertools.count()  # every rank makes the same ones, in the same order
 
 
@@ -121,13 +123,23 @@ class TorchCommunicator(Communicator):
     def _lost_by(self, peer: int | None, failure: RuntimeError) -> RankLost:
         """The error of a failed wait. The rank that was missed first is the one that all name, where there is a
         store to write it to: a rank that ends because it missed another is missed itself."""
-        first = peer
-        if self._store is not None and peer is not None:
-            with contextlib.suppress(RuntimeError, ValueError):  # the store may be gone with its rank
-                self._store.set_timeout(timedelta(seconds=1))
-                first = int(self._store.compare_set("lost", "", str(peer)))
+        first = peer if self._store is None or peer is None else self._first_missed(peer)
         who = "a peer" if first is None else f"rank {first}"
         return self.lost(f"rank {self.rank} waited for {who}, which is gone or stuck: {failure}")
+
+    def _first_missed(self, peer: int) -> int:
+        """The rank that the store knows as missed first: this one if it knows none, or does not answer."""
+        found = [peer]
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError, ValueError):  # the store is gone, or holds no number
+                found.append(int(self._store.compare_set("lost", "", str(peer))))
+
+        # The store's own timeout does not end a wait for a host that is cut off (torch 2.13).
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(_STORE_SECONDS)
+        return found[-1]
 
     def _at_hand(self, x: Tensor) -> Tensor:
         return x if self._device is None else x.to(self._device)
