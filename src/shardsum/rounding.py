@@ -34,7 +34,7 @@ from .state import AttentionState
 from .tree import SEGMENT
 
 # In unit roundoffs. tests/test_rounding.py measures what elementary functions have to do with them.
-OF_SCORE = 13  # times the terms of a score, besides one for each of head_dim: factors, shifts, sums, a leaf's lse
+OF_SCORE = 12  # times the terms of a score, besides one for each of head_dim: factors, shifts, sums, a leaf's lse
 OF_SOFTCAP = 8  # more of them
 OF_LEAF = 10  # of a weight in a leaf: two exponentials, a reciprocal, the logarithm of a sum
 OF_LOGARITHM = 2  # times the logarithm
@@ -80,27 +80,44 @@ def error_bound(
     counts = _counts(comm, q, k, v, arguments)
     keys = counts.lse.double().exp() * 1.001
     values = keys.unsqueeze(-1) * counts.out.double()  # the sum of |v|, or a little more
-    size = out.double().abs()
-
-    head_dim, log_keys = q.shape[3], (keys + 1).log()
-    merges, lse = _merges(keys, arguments), scores + log_keys
-    softcap = arguments.softcap or 0.0
-    of_scores = head_dim + OF_SCORE + (OF_SOFTCAP if softcap else 0)
-    of_weights = (
-        leaf.unit * (of_scores * scores + OF_LOGARITHM * log_keys + OF_LEAF)
-        + unit * (lse + merges * (lse + OF_MERGE) + merges.clamp(max=1) * OF_SHIFT * (scores + lse))
-        + tiny * (2 * head_dim * (1 + float(_scale(arguments, head_dim).sum())) + softcap + 4)
-    )
+    merges, head_dim = _merges(keys, arguments), q.shape[3]
     of_values = leaf.unit * leaf.roundings + unit * (2 * merges + 1) + leaf.weight
-    weights, both = of_weights.unsqueeze(-1), (of_values + of_weights).unsqueeze(-1)
+    of_weights = _of_weights(leaf.unit, unit, scores, (keys + 1).log(), merges, head_dim, arguments)
+    lost = 2 * head_dim * (1 + float(_scale(arguments, head_dim).sum())) + (arguments.softcap or 0.0) + 4
+    of_weights = of_weights + tiny * lost
     flushed = tiny * (merges + 2).unsqueeze(-1) * (4 * values + 256)
-    bound = (7 * both).exp() * (both * (sizes + flushed) + (both + weights) * size) + 2 * flushed
-    trivial = size + values  # no weighted mean is larger than the values that it is of
-    bound = torch.where(both <= 0.5, torch.minimum(bound, trivial), trivial)
+    bound = _from_sizes(out.double().abs(), sizes, values, flushed, of_values, of_weights)
     bound = bound + (returned.double() - out.double()).abs()
     bound = bound.masked_fill((counts.lse == -torch.inf).unsqueeze(-1), 0.0)
     bound = bound.masked_fill(bound.isnan() | ~out.isfinite().all(dim=-1, keepdim=True), torch.inf)
     return _rounded_up(bound * (1 + 2.0**-20), dtype)
+
+
+def _of_weights(
+    of_leaf: float,
+    unit: float,
+    scores: Tensor,
+    log_keys: Tensor,
+    merges: Tensor,
+    head_dim: int,
+    arguments: Arguments,
+) -> Tensor:
+    """How far rounding can move the logarithm of a row's weights: eta of section 3."""
+    lse = scores + log_keys  # the largest of any keys
+    of_scores = head_dim + OF_SCORE + (0 if arguments.softcap is None else OF_SOFTCAP)
+    leaf = of_scores * scores + OF_LOGARITHM * log_keys + OF_LEAF
+    tree = merges * (lse + OF_MERGE) + merges.clamp(max=1) * OF_SHIFT * (scores + lse)
+    return of_leaf * leaf + unit * (scores + lse + tree)
+
+
+def _from_sizes(
+    out: Tensor, sizes: Tensor, values: Tensor, flushed: Tensor, of_values: Tensor, of_weights: Tensor
+) -> Tensor:
+    """The bound itself: section 6."""
+    weights, both = of_weights.unsqueeze(-1), (of_values + of_weights).unsqueeze(-1)
+    bound = (7 * both).exp() * (both * (sizes + flushed) + (both + weights) * out) + 2 * flushed
+    trivial = out + values  # no weighted mean is larger than the values that it is of
+    return torch.where(both <= 0.5, torch.minimum(bound, trivial), trivial)
 
 
 def _leaf(kernel: Kernel, dtype: torch.dtype, unit: float, arguments: Arguments) -> Leaf:
