@@ -54,6 +54,7 @@ class Arguments:
     q_len: int | None = None
     kv_len: int | None = None
     reproducible: bool = False
+    return_bound: bool = False
     lengths: Tensor | None = None  # of a cache: how many keys each sequence has; its queries end there
     reordered: int = 0  # of a cache: a digest of how its sequences were reordered
 
@@ -69,6 +70,8 @@ class Arguments:
         if self.bias is not None and strategy is not None and not (strategy.rows_stay or self.q_replicated):
             raise Unsupported(f"bias stays with its rows, and {strategy.name} moves rows. Use all_gather or ring.")
         self._check_scores(problem)
+        if self.return_bound:
+            self._check_bound()
         intervals = self.key_intervals
         return {
             "layout": layout.describe(),
@@ -94,6 +97,7 @@ class Arguments:
             "q_len": None if self.q_len is None else _whole("q_len", self.q_len),
             "kv_len": None if self.kv_len is None else _whole("kv_len", self.kv_len),
             "reproducible": bool(self.reproducible),
+            "return_bound": bool(self.return_bound),
             "lengths": _listed("lengths", self.lengths),
             "reordered": self.reordered,
         }
@@ -117,6 +121,17 @@ class Arguments:
                 "bias must be (batch or 1, q_heads or 1, this rank's queries, all keys): got "
                 f"{tuple(self.bias.shape)}, batch {problem.batch}, {problem.q_heads} heads, {problem.q_len} rows."
             )
+
+    def _check_bound(self) -> None:
+        if not self.reproducible:
+            raise Unsupported("return_bound rests on the order of sums: it needs reproducible=True.")
+        if self.dropout_p:
+            raise Unsupported(f"return_bound knows no dropout: got dropout_p={self.dropout_p}.")
+        slopes = None if self.alibi_slopes is None else torch.as_tensor(self.alibi_slopes)
+        if slopes is not None and not torch.equal(slopes.float().to(slopes.dtype), slopes):
+            raise Unsupported("return_bound takes alibi_slopes that are float32 numbers: pass slopes.float().")
+        if torch.get_float32_matmul_precision() != "highest":
+            raise Unsupported("return_bound needs torch.set_float32_matmul_precision('highest').")
 
     def mask(
         self, q_len: int, kv_len: int, batch: int, key_intervals: tuple[Tensor, Tensor] | None = None

@@ -99,7 +99,7 @@ def _call(
     mask = arguments.mask(q_len, keys.length, q.shape[0], _intervals_of_all(comm, arguments, queries))
     scale = 1.0 / math.sqrt(q.shape[3]) if arguments.scale is None and q.shape[3] else arguments.scale
     if isinstance(scale, Tensor):
-        q, scale = _scaled(q, scale), 1.0
+        q, scale = scaled(q, scale), 1.0
     slopes = arguments.alibi_slopes
     scores = Scores(
         scale=float(scale or 0.0),
@@ -128,7 +128,7 @@ def _call(
     )
 
 
-def _scaled(q: Tensor, scale: Tensor) -> Tensor:
+def scaled(q: Tensor, scale: Tensor) -> Tensor:
     """q times a scale that is a number, one per head, or one per query, not rounded; differentiable in both."""
     dtype = state_dtype(q.dtype)
     scale = scale.view(1, -1, 1) if scale.ndim == 1 else scale

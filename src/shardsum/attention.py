@@ -14,6 +14,7 @@ from .collectives import Collective
 from .comm import Communicator, as_communicator
 from .kernels import Kernel
 from .layouts import Layout
+from .rounding import error_bound
 from .strategies import Strategy
 
 
@@ -48,6 +49,7 @@ def attention(
     kv_len: int | None = None,
     reproducible: bool = False,
     return_state: bool = False,
+    return_bound: bool = False,
 ) -> Any:  # a Tensor, or an AttentionState if return_state; a union would burden every caller's type checker
     """The attention of this rank's queries over the keys and values of all ranks.
 
@@ -81,6 +83,9 @@ def attention(
       layout, beside any batch: sums go along one tree over segments of 256 keys (or queries), which are not cut:
       shards must be those of `shard(..., reproducible=True)`. On one machine type, installation and kernel.
     - `return_state`: an `AttentionState` (out in float32 or wider, and lse) instead of `out` in q's dtype.
+    - `return_bound`: a pair, the result and a bound on |out - exact| for each component, in out's shape, float32
+      or wider; exact is attention in real numbers of the inputs as they are stored. It needs `reproducible`, and
+      takes three more such calls (docs/theory.md).
 
     Shapes: q (batch, q_heads, q_len, head_dim), k (batch, kv_heads, kv_len, head_dim), v (batch, kv_heads,
     kv_len, v_dim), out (batch, q_heads, q_len, v_dim). kv_heads divides q_heads; any rank may hold no queries
@@ -125,7 +130,11 @@ def attention(
         q_len=q_len,
         kv_len=kv_len,
         reproducible=reproducible,
+        return_bound=return_bound,
     )
     q, k, v = (autocast(x) for x in (q, k, v))
-    state = attend(as_communicator(comm), q, k, v, arguments)
-    return state if return_state else state.out.to(q.dtype)
+    comm = as_communicator(comm)
+    state = attend(comm, q, k, v, arguments)
+    out = state.out if return_state else state.out.to(q.dtype)
+    result = state if return_state else out
+    return (result, error_bound(comm, q, k, v, arguments, state.out, out)) if return_bound else result
