@@ -83,6 +83,16 @@ def test_any_number_of_threads_and_any_batch() -> None:
     assert torch.get_num_threads() == before
 
 
+def test_bfloat16() -> None:
+    model, found = long("Llama").bfloat16(), set()
+    expected = torch.stack(plain(model, prompt(TOKENS), max_new_tokens=1).logits)
+    for ranks in (1, 3):
+        results = on_ranks(model, prompt(TOKENS), ranks, reproducible=True, max_new_tokens=2)
+        assert (results[0]["logits"][:1] - expected).norm() <= 0.02 * expected.norm()
+        found |= digests(results)
+    assert len(found) == 1
+
+
 def test_without_tiles_bits_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reproducible attention alone does not do it: the ranks run other numbers of tokens."""
     model = long("Llama")
