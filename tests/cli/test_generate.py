@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shardsum.cli.generation import _packaged_model
+from shardsum.cli import generation
 from shardsum.cli.text import text_and_question
 
 from ..hf.tiny import tiny, words
@@ -66,6 +66,16 @@ def test_the_same_bits_on_any_ranks(capsys: Capture, tmp_path: Path) -> None:
     table = run(3, "threads")[0]
     assert f"│ digest of all logits         │                   │ {digests.pop()}" in table
     assert "│ tokens identical             │                   │ yes" in table
+
+
+def test_ranks_with_other_bits_are_a_failure(
+    capsys: Capture, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = itertools.count()
+    monkeypatch.setattr(generation, "digest", lambda logits: f"{next(numbers):012}")
+    done = shardsum(capsys, *command(folder, "--transport", "threads", "--no-alone", "--reproducible"))
+    assert done.status == 1
+    assert "differs between ranks" in done.out
 
 
 def test_the_table(capsys: Capture, folder: Path) -> None:
@@ -133,7 +143,14 @@ def test_the_same_bits_of_a_real_model(capsys: Capture, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text(" ".join(text_and_question(lambda text: 0).split()[:800]))
     digests = set()
     for transport, ranks in itertools.product(("mpi", "gloo"), (1, 2, 3, 4)):
-        given = ["--model", _packaged_model(), "--prompt-file", tmp_path / "prompt.txt", "--new-tokens", 8]
+        given = [
+            "--model",
+            generation._packaged_model(),
+            "--prompt-file",
+            tmp_path / "prompt.txt",
+            "--new-tokens",
+            8,
+        ]
         where = ["-n", ranks, "--transport", transport, "--no-alone", "--reproducible", "--json"]
         found = shardsum(capsys, "generate", *given, *where).json
         assert found["prompt_tokens"] > 1024, found["prompt_tokens"]
