@@ -45,11 +45,11 @@ def alone(comm: shardsum.Communicator, steps: int, tokens: int) -> list[float]:
     return losses
 
 
-def sharded(comm: shardsum.Communicator, steps: int, tokens: int) -> dict:
+def sharded(comm: shardsum.Communicator, steps: int, tokens: int, reproducible: bool) -> dict:
     """The same with the tokens of each step spread over the ranks: the losses, and the mean seconds of a step."""
     model, windows = model_and_windows(tokens)
     optimizer, losses, start = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE), [], time.perf_counter()
-    with hf.training(model, comm=comm, layout="zigzag") as training:
+    with hf.training(model, comm=comm, layout="zigzag", reproducible=reproducible) as training:
         for step in range(steps):
             ids = windows[step % WINDOWS]
             loss = training.loss(ids, labels=ids)  # of all tokens, the same number on every rank
@@ -91,13 +91,14 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="numbers of ranks, one run for each")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--reproducible", action="store_true", help="attention with the same bits on any ranks")
     parser.add_argument("--write", help="append a JSON line for each run to this file")
     parser.add_argument("--plot", help="draw the loss curves into this file")
     options = parser.parse_args()
     arguments = options.steps, options.tokens
     losses = {"one process": shardsum.launch(alone, 1, args=arguments, deadline=3600)[0]}
     for ranks in options.ranks:
-        runs = shardsum.launch(sharded, ranks, args=arguments, deadline=3600)
+        runs = shardsum.launch(sharded, ranks, args=(*arguments, options.reproducible), deadline=3600)
         name, found = f"{ranks} ranks", runs[0]["losses"]
         losses[name] = found
         differences = [abs(a / b - 1) for a, b in zip(found, losses["one process"], strict=True)]
@@ -109,6 +110,7 @@ def main() -> None:
         if options.write:
             line = {"benchmark": "finetune", "model": "SmolLM2-135M-Instruct", "text": TEXT.name, "ranks": ranks}
             line |= {"tokens": options.tokens, "layout": "zigzag", "dtype": "float32", "optimizer": "AdamW"}
+            line["reproducible"] = options.reproducible
             line |= {"learning_rate": LEARNING_RATE, "losses_alone": losses["one process"], "losses": found}
             line |= {"largest_relative_difference": max(differences), "step_seconds": runs[0]["seconds"]}
             line |= machine()

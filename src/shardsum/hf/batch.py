@@ -14,6 +14,7 @@ from ..comm import Communicator
 from ..kernels import Kernel
 from ..layouts import Layout
 from ..strategies import Strategy
+from ..tree import unit
 from .masks import IntervalMask, kept_range
 
 IGNORED = -100  # Transformers' label of a token that is not to be predicted
@@ -27,6 +28,11 @@ class Ways:
     layout: Layout
     strategy: str | Strategy
     kernel: str | Kernel
+    reproducible: bool = False
+
+    def positions(self, length: int) -> Tensor:
+        """Which of so many tokens are this rank's."""
+        return self.layout.positions(length, self.comm.rank, self.comm.size, unit(self.reproducible))
 
 
 @dataclass(eq=False)
@@ -53,7 +59,7 @@ class Batch:
         seed: int | None = None,
     ) -> Batch:
         """The batch of these sequences. Raises: Unsupported where the mask has holes."""
-        rows = ways.layout.positions(length, ways.comm.rank, ways.comm.size)
+        rows = ways.positions(length)
         kept = kept_range(attention_mask, length)
         masking = {} if kept is None else {"key_range": kept}
         # As Transformers does it: a mask says that the sequence is one document.
@@ -93,6 +99,7 @@ class Batch:
             layout=self.ways.layout,
             strategy=self.ways.strategy,
             kernel=self.ways.kernel,
+            reproducible=self.ways.reproducible,
             causal=True,
             window=None if left is None else (left, 0),
             scale=scale,

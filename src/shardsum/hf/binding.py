@@ -14,8 +14,10 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..comm import Communicator, agree, connect
 from ..layouts import Layout, as_layout
+from ..tree import unit
 from .probe import probe
 from .session import Bound, Session
+from .tiles import tiled
 
 # A model that names no limit is checked for sequences of up to this many tokens.
 DEFAULT_POSITIONS = 1 << 16
@@ -30,27 +32,34 @@ def sharded(
     comm: Communicator | None = None,
     layout: str | Layout = "zigzag",
     positions: int | None = None,
+    reproducible: bool = False,
 ) -> Iterator[Session]:
     """A `Session` in which the model's attention runs over the keys and values of all ranks.
 
     On entry a few forward passes over seven tokens find out whether the model is one whose tokens meet in plain
     softmax attention only; see `shardsum.hf.probe`. `positions` is the longest sequence to expect, by default
-    the model's own limit. Everything is undone on exit, after an exception too.
+    the model's own limit. With `reproducible` keys lie in whole segments, and logits have the same bits on any
+    number of ranks; see `shardsum.hf.tiles`. Everything is undone on exit, after an exception too.
 
     Raises: Unsupported, naming the module or option that stands in the way; ValueError for a model in training
     mode, one that is in a session already, or more positions than it has. A rank whose model is fine raises
     Mismatch, naming those where it isn't.
     """
     comm, layout = connect() if comm is None else comm, as_layout(layout)
-    session, problem = Session(model, comm, layout, 0), None
+    session, problem = Session(model, comm, layout, 0, reproducible), None
     with contextlib.ExitStack() as undo:
         try:
             session.positions = longest(model, positions)
             name = undo.enter_context(registered(session))
             session.cache_shape = probe(session, name)
+            if reproducible:  # raises where the layout cuts segments
+                layout.positions(0, comm.rank, comm.size, unit(reproducible))
         except ValueError as error:
             problem = error
-        agree(comm, {"call": "hf.sharded", "model": type(model).__name__, "layout": str(layout)}, error=problem)
+        call = {"call": "hf.sharded", "model": type(model).__name__, "layout": str(layout)}
+        agree(comm, call | {"reproducible": reproducible}, error=problem)
+        if reproducible:
+            session.tiles = undo.enter_context(tiled(model))
         yield session
 
 

@@ -77,7 +77,13 @@ class ShardedCache(Cache):
     of every update, so that the attention call that follows finds this cache: Transformers does not hand it on.
     """
 
-    def __init__(self, comm: Communicator, shape: Shape, announce: Callable[[int, ShardedCache], None]) -> None:
+    def __init__(
+        self,
+        comm: Communicator,
+        shape: Shape,
+        announce: Callable[[int, ShardedCache], None],
+        reproducible: bool = False,
+    ) -> None:
         self.lengths = [LayerLength(self) for _ in range(shape.layers)]
         super().__init__(layers=[*self.lengths])
         self.announce = announce
@@ -89,6 +95,7 @@ class ShardedCache(Cache):
             v_dim=shape.v_dim,
             dtype=shape.dtype,
             device=shape.device,
+            reproducible=reproducible,
         )
         self.part: Part | None = None
         self.batch = 0
@@ -108,15 +115,19 @@ class ShardedCache(Cache):
         Raises: ValueError after the session has been closed.
         """
         self.announce(layer_idx, self)
-        if self.part is None:
-            self.store.append(layer_idx, key_states, value_states)
-            self.lengths[layer_idx].length += key_states.shape[2]
-        else:
-            k, v = (states[:, :, : self.part.local] for states in (key_states, value_states))
-            self.store.append(layer_idx, k, v, layout=self.part.layout)
-            self.lengths[layer_idx].length += self.part.total
-        self.batch = key_states.shape[0]
+        self.append(key_states, value_states, layer_idx)
         return key_states, value_states
+
+    def append(self, k: Tensor, v: Tensor, layer: int) -> None:
+        """`update` without an attention call to follow."""
+        if self.part is None:
+            self.store.append(layer, k, v)
+            self.lengths[layer].length += k.shape[2]
+        else:
+            mine = slice(self.part.local)
+            self.store.append(layer, k[:, :, mine], v[:, :, mine], layout=self.part.layout)
+            self.lengths[layer].length += self.part.total
+        self.batch = k.shape[0]
 
     def attend(self, layer: int, q: Tensor, mask: IntervalMask, scale: float | None) -> Tensor:
         """The attention of the new queries over all tokens so far.

@@ -36,6 +36,7 @@ def generate(
     comm: Communicator | None = None,
     attention_mask: Tensor | None = None,
     layout: str | Layout = "zigzag",
+    reproducible: bool = False,
     **arguments: Any,
 ) -> Any:
     """What `model.generate` returns, the same on every rank, with the KV cache spread over the ranks.
@@ -47,14 +48,20 @@ def generate(
     place of the model; its `comm` and `layout` count, and `past_key_values` may be a cache of it that holds the
     first part.
 
+    `reproducible`: logits have the same bits on any number of ranks, over any transport, under any layout of whole
+    segments, with any number of threads and beside any batch of as many positions. Tokens are run 256 at a time,
+    each time by one thread (see `shardsum.hf.tiles`). Of an open session this is decided when it is opened.
+
     Shapes: input_ids (batch, tokens), the same on every rank; attention_mask alike, with padding on the left.
     Raises: Unsupported for models, masks and ways of decoding that can't be sharded; ValueError where prompt
     and new tokens exceed the model's positions; Mismatch where the ranks' prompts or settings differ.
     """
     if isinstance(model, Session):
+        if reproducible and not model.reproducible:
+            raise ValueError("this session is not reproducible: open it with sharded(..., reproducible=True).")
         return _generate(model, input_ids, attention_mask=attention_mask, **arguments)
     wanted = _requested_length(model, input_ids, attention_mask, arguments)
-    with sharded(model, comm, layout, positions=wanted) as session:
+    with sharded(model, comm, layout, positions=wanted, reproducible=reproducible) as session:
         return _generate(session, input_ids, attention_mask=attention_mask, **arguments)
 
 

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from ..comm import Communicator
 from ..errors import Unsupported
 from ..layouts import Layout
+from ..tree import unit
 from .cache import Part, Shape, ShardedCache
 from .masks import IntervalMask, MaskFunction, checked_mask, interval_mask
+from .tiles import Call, Tiles
 
 # Masks are looked at up to this position; within a million, windows and chunks have long shown themselves.
 MASK_POSITIONS = 1 << 20
@@ -59,12 +61,22 @@ class Session(Bound):
     """One model bound to one communicator; `sharded` makes it.
 
     - `positions`: the longest sequence that the model was checked for.
+    - `reproducible`: whether logits have the same bits on any number of ranks; the model runs in `tiles` then.
     - `new_cache()`: an empty KV cache, spread over the ranks.
     - `prefill(cache, input_ids, ...)`: put new tokens into it, each rank running its own share of them.
     """
 
-    def __init__(self, model: PreTrainedModel, comm: Communicator, layout: Layout, positions: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        comm: Communicator,
+        layout: Layout,
+        positions: int,
+        reproducible: bool = False,
+    ) -> None:
         super().__init__(model, comm, layout, positions)
+        self.reproducible = reproducible
+        self.tiles: Tiles | None = None
         self.cache_shape: Shape | None = None
         # By layer, the cache that was updated last: the attention call that follows is over it.
         self.pending: dict[int, ShardedCache] = {}
@@ -72,7 +84,7 @@ class Session(Bound):
     def new_cache(self) -> ShardedCache:
         """An empty cache for this model. It may be used as long as the session is open."""
         assert self.cache_shape is not None, "sharded() finds the shape before it hands a session out"
-        return ShardedCache(self.comm, self.cache_shape, self.announce)
+        return ShardedCache(self.comm, self.cache_shape, self.announce, self.reproducible)
 
     def owns(self, cache: ShardedCache) -> bool:
         """Whether the cache is one of this session's."""
@@ -109,18 +121,27 @@ class Session(Bound):
             kept = torch.ones_like(input_ids[:, :1]).expand(-1, seen + new)
             kept = kept if attention_mask is None else attention_mask
             position_ids = (kept.long().cumsum(1) - 1).clamp(min=0)[:, seen:]
-        mine = self.layout.positions(new, self.comm.rank, self.comm.size)
-        cache.part = Part(self.layout, local=len(mine), total=new)
-        rows = mine if len(mine) else torch.zeros(1, dtype=torch.int64)
+
+        # A segment that has begun lies where it is: every rank runs the tokens that go into it.
+        begun = min(-seen % unit(self.reproducible), new)
+        if begun:
+            mask = None if attention_mask is None else attention_mask[:, : seen + begun]
+            self._run(cache, None, input_ids[:, :begun], mask, position_ids[:, :begun])
+        if new > begun:
+            mine = self.layout.positions(new - begun, self.comm.rank, self.comm.size, unit(self.reproducible))
+            part = Part(self.layout, local=len(mine), total=new - begun)
+            rows = begun + (mine if len(mine) else torch.zeros(1, dtype=torch.int64))
+            self._run(cache, part, input_ids[:, rows], attention_mask, position_ids[:, rows])
+
+    def _run(
+        self, cache: ShardedCache, part: Part | None, ids: Tensor, mask: Tensor | None, positions: Tensor
+    ) -> None:
+        """Put these tokens into the cache; with `part`, they are this rank's of all."""
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        keep = {"logits_to_keep": 1} if takes(self.model, "logits_to_keep") else {}
+        cache.part = part
         try:
-            self.model(
-                input_ids=input_ids[:, rows],
-                attention_mask=attention_mask,
-                position_ids=position_ids[:, rows],
-                past_key_values=cache,
-                use_cache=True,
-                **({"logits_to_keep": 1} if takes(self.model, "logits_to_keep") else {}),
-            )
+            self.model(**inputs, past_key_values=cache, use_cache=True, **keep)
         finally:
             cache.part = None
 
@@ -141,8 +162,11 @@ class Session(Bound):
         where = self.describe(module)
         mask = checked_mask(where, module, attention_mask, scaling, dropout, options)
         layer: Any = getattr(module, "layer_idx", None)
+        tile = None if self.tiles is None else self.tiles.attend
         if self.probe is not None:
             out = self.probe.attend(module, q, k, v, mask, scaling)
+        elif tile is not None:
+            out = tile(Call(module, q, k, v, mask, scaling))
         else:
             cache = self.pending.pop(layer, None)
             if cache is None:

@@ -43,6 +43,7 @@ def training(
     strategy: str | Strategy = "auto",
     kernel: str | Kernel = "auto",
     positions: int | None = None,
+    reproducible: bool = False,
 ) -> Iterator[Training]:
     """A `Training` in which the model runs on sequences whose tokens are spread over the ranks.
 
@@ -51,6 +52,10 @@ def training(
     `comm`, `layout`, `strategy`, `kernel` are those of `shardsum.attention`; `positions` is the longest sequence
     to expect, by default the model's own limit. A model may be in training mode or not. Backward passes belong
     inside the block. Everything is undone on exit, after an exception too; weights and gradients stay.
+
+    `reproducible`: ranks hold whole segments of 256 tokens; attention, and the gradients of its queries, keys and
+    values, have the same bits for the same inputs on any number of ranks. Those of the model's other layers and of
+    the weights' gradients, which are sums over the ranks' tokens, are not promised.
 
     Refused: models in which tokens meet elsewhere too (convolutions, state spaces); masks that are not causal
     with at most a window; a router's auxiliary loss (`output_router_logits`), which is a product of averages over
@@ -61,7 +66,7 @@ def training(
     session already, or more positions than it has; Mismatch where the ranks' models or arguments differ.
     """
     comm = as_communicator(comm)
-    ways, problem, call = Ways(comm, as_layout(layout), strategy, kernel), None, {}
+    ways, problem, call = Ways(comm, as_layout(layout), strategy, kernel, reproducible), None, {}
     bound = Training(model, ways, 0)
     with contextlib.ExitStack() as undo:
         try:
@@ -273,13 +278,14 @@ def _description(bound: Training) -> dict[str, Any]:
         "model": type(model).__name__,
         "layout": bound.layout.describe(),
         "strategy": "auto" if strategy is None else strategy.name,
+        "reproducible": bound.ways.reproducible,
         "weights": weights_digest(model) if bound.comm.size > 1 else None,
     }
 
 
 def _alone(ways: Ways) -> Ways:
     """The same on one rank, where the model is checked: by a strategy and layout that fit any model."""
-    return Ways(connect("single"), Layout("contiguous"), "auto", ways.kernel)
+    return Ways(connect("single"), Layout("contiguous"), "auto", ways.kernel, ways.reproducible)
 
 
 @contextlib.contextmanager
