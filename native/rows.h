@@ -168,6 +168,7 @@ private:
         for (int64_t j = 0; j < steps; j += n) highest = maximum<T>(load(s + j), highest);
         highest *= scale;
         if (any<T>(highest > top)) raise(r, maximum_of<T>(highest));
+        if (round_large_scores(top, 0, steps, scale, s)) scale = 1;
         Vector<T> now = broadcast(top == -INFINITY ? T(0) : top), sums{};
         for (int64_t j = 0; j < steps; j += n) {
             Vector<T> weights = exp2(load(s + j) * scale - now);

@@ -41,6 +41,16 @@ template <typename T> inline T product_factor(const Attention& a) {
     return std::max(std::abs(query_factor<T>(a)), std::numeric_limits<T>::min());
 }
 
+// From this size on a scaled product is rounded by 1 or more. It must be before the maximum is taken from it, which was
+// rounded too: a fused product less its own rounded value is not 0, and the largest weight not 1.
+template <typename T> constexpr T LARGE_SCORE = sizeof(T) == 4 ? T(1 << 24) : T(int64_t(1) << 53);
+
+template <typename T> inline bool round_large_scores(T top, int64_t begin, int64_t end, T scale, T* s) {
+    if (!(std::abs(top) >= LARGE_SCORE<T>)) return false;
+    for (int64_t j = begin; j < end; j += lanes<T>) store_vector(s + j, load(s + j) * scale);
+    return true;
+}
+
 // Whether a score is the scaled product and nothing else.
 inline bool is_plain(const Attention& a) { return a.softcap == 0 && a.alibi_slopes == nullptr; }
 

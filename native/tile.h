@@ -278,6 +278,7 @@ private:
             for (int i = 0; i < 2; i++) highest[i] = maximum<T>(load(s + j + i * n), highest[i]);
         highest[0] = maximum<T>(highest[0], highest[1]) * scale;
         if (any<T>(highest[0] > top[r])) raise(r, maximum_of<T>(highest[0]));
+        if (round_large_scores(top[r], steps.begin, steps.end, scale, s)) scale = 1;
         T kept_weights[DROPOUT ? KEYS<P> : 1];
         if (DROPOUT) find_kept_weights(r, key, steps, kept_weights);
         Vector<T> now = broadcast(top[r] == -INFINITY ? T(0) : top[r]), sums = load(total + r * n), more{};

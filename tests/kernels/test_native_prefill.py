@@ -105,3 +105,21 @@ def test_float32_is_no_less_accurate_than_aten(isa: str) -> None:
     assert relative_norm(state.out, out) <= 1.05 * relative_norm(aten, out)
     assert relative_norm(state.lse, lse) <= 1.05 * relative_norm(aten_lse, lse)
     assert torch.allclose(aten, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-5)
+
+
+@each_instruction_set
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 40])  # by decode, and by prefill
+@pytest.mark.parametrize("by_tree", [False, True])
+def test_one_key_has_all_the_weight_however_large_its_score(
+    isa: str, dtype: torch.dtype, rows: int, by_tree: bool
+) -> None:
+    q = normal(0, 1, 2, rows, 24, dtype=dtype) * 2.0 ** torch.arange(10, 58, 48 / 24).to(dtype)
+    k, v = normal(1, 1, 2, rows, 24, dtype=dtype), normal(2, 1, 2, rows, 24, dtype=dtype)
+    lo = torch.arange(rows).unsqueeze(0)  # row i sees key i alone
+    kernel = NativeKernel(isa)
+    state = (kernel.forward_tree if by_tree else kernel.forward)(q, k, v, lo, lo + 1, Scores(0.3))
+    assert relative_norm(state.out, v.double()) < (1e-15 if dtype == torch.float64 else 3e-7)
+    scores = 0.3 * (q.double() * k.double()).sum(dim=-1)
+    terms = 0.3 * (q.double() * k.double()).abs().sum(dim=-1)
+    assert float(((state.lse - scores).abs() / terms).max()) < (1e-13 if dtype == torch.float64 else 4e-6)
