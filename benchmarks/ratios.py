@@ -32,6 +32,17 @@ def decode(comm: shardsum.Communicator) -> tuple[Callable[[], object], Callable[
     return lambda: operator(folded, k, v), lambda: shardsum.attention(q, *mine, comm=comm, q_replicated=True)
 
 
+def decode_step(comm: shardsum.Communicator) -> tuple[Callable[[], object], Callable[[], object]]:
+    """KVCache.attend: B1 H32/8 D128, one query over 131,072 keys; alone: the same, of one process."""
+    q, k, v = normal(1, 32, 1, 128), normal(1, 8, 131072, 128), normal(1, 8, 131072, 128)
+    caches = []
+    for each in (shardsum.connect("single"), comm):
+        cache = shardsum.KVCache(comm=each, layers=1, kv_heads=8, head_dim=128, dtype=torch.float32)
+        cache.append(0, *(shardsum.shard(x, comm=each) for x in (k, v)), layout="contiguous")
+        caches.append(cache)
+    return lambda: caches[0].attend(0, q), lambda: caches[1].attend(0, q)
+
+
 def prefill(comm: shardsum.Communicator) -> tuple[Callable[[], object], Callable[[], object]]:
     """B1 H8 D64, 8,192 tokens, causal, zigzag; alone: F.scaled_dot_product_attention."""
     q, k, v = (normal(1, 8, 8192, 64) for _ in range(3))
@@ -42,7 +53,7 @@ def prefill(comm: shardsum.Communicator) -> tuple[Callable[[], object], Callable
     )
 
 
-WORK = {"decode": decode, "prefill": prefill}
+WORK = {"decode": decode, "decode step": decode_step, "prefill": prefill}
 
 
 def measure(comm: shardsum.Communicator, name: str, repetitions: int, pipe: str) -> list[dict[str, float]]:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch.distributed import FileStore
 
+from ..arguments import Arguments
 from ..collectives import COLLECTIVES, all_reduce_states, as_collective
-from ..comm import Communicator, launch
+from ..comm import Communicator, agree, launch
 from ..comm.torch_distributed import TorchCommunicator, connect_gloo
+from ..problem import Problem
 from ..state import AttentionState
 from .timing import alternate, machine, ratio
 
@@ -23,7 +25,8 @@ HEADS, V_DIM = 32, 128
 QUERIES = (1, 4, 16, 64, 256, 1024, 4096)
 # How often one operation is done in a repetition: for so many bytes, at most so often, or clocks are too coarse.
 BYTES_IN_A_REPETITION, MOST_IN_A_REPETITION = 1 << 24, 100
-OURS, GATHER, MAX_AND_SUM = "mpi auto", "mpi4py Allgather", "gloo max+sum"
+GATHER, MAX_AND_SUM = "mpi4py Allgather", "gloo max+sum"
+AGREEMENT = "agreement"  # what comes before the collective in every call
 # By queries: how many times a raw all-gather the merge may take, and how many times as fast as Gloo it should be.
 TARGETS = {1: (3.0, 8.0), 256: (None, 4.0)}
 
@@ -94,7 +97,10 @@ def _sides(comm: Communicator, queries: int) -> Sides:
         collective, state = as_collective(name), _state(queries)
         return lambda: all_reduce_states(comm, state, collective)
 
-    return {f"{comm.transport} {name}": side(name) for name in ("auto", *COLLECTIVES)}
+    q = torch.empty(1, HEADS, queries, V_DIM)
+    call = {"call": "attention", **Arguments(q_replicated=True).describe(Problem.of(q, q, q))}
+    agreeing = {f"{comm.transport} {AGREEMENT}": lambda: agree(comm, call, queries, queries)}
+    return {f"{comm.transport} {name}": side(name) for name in ("auto", *COLLECTIVES)} | agreeing
 
 
 def _raw_mpi(queries: int) -> Sides:

@@ -23,6 +23,8 @@ from .base import Communicator
 # Magic, version, failed, call number, epoch, q_len, kv_len, description bytes, digest; then the CRC-32 of these.
 _HEADER = struct.Struct("<4sHHqqqqI16s")
 _CHECK = struct.Struct("<I")
+_FRAME_BYTES = _HEADER.size + _CHECK.size
+_encode = json.JSONEncoder(sort_keys=True).encode
 _MAGIC, _VERSION = b"ssum", 3
 # What a header may announce. Positions of a longer sequence would be 8 TB by themselves.
 _MAX_DESCRIPTION_BYTES, _MAX_LENGTH, _MAX_CALLS = 1 << 16, 1 << 40, 1 << 62
@@ -48,7 +50,7 @@ def agree(
     text, epoch = "", 0
     if error is None:
         try:
-            text, epoch = json.dumps(call, sort_keys=True), _epoch(comm)
+            text, epoch = _encode(call), _epoch(comm)
         except (TypeError, ValueError) as mistake:
             error = mistake
     if error is not None:
@@ -60,12 +62,13 @@ def agree(
         if error is not None:
             raise error
         return [(q_len, kv_len)]
-    header = _HEADER.pack(
-        _MAGIC, _VERSION, error is not None, comm.calls, epoch, q_len, kv_len, len(description), digest
-    )
-    header += _CHECK.pack(zlib.crc32(header))
-    gathered = comm.all_gather(torch.frombuffer(bytearray(header), dtype=torch.uint8))
-    headers = [_read(part.numpy().tobytes(), rank) for rank, part in enumerate(gathered)]
+    own, own_memory, everyones, memory = comm.frames(_FRAME_BYTES)
+    fields = _MAGIC, _VERSION, error is not None, comm.calls, epoch, q_len, kv_len, len(description), digest
+    _HEADER.pack_into(own_memory, 0, *fields)
+    _CHECK.pack_into(own_memory, _HEADER.size, zlib.crc32(own_memory[: _HEADER.size]))
+    comm.all_gather_into(own, everyones)
+    frames = memory.tobytes()
+    headers = [_read(frames[rank * _FRAME_BYTES : (rank + 1) * _FRAME_BYTES], rank) for rank in range(comm.size)]
     numbers, epochs = [h[3] for h in headers], [h[4] for h in headers]
     failed = [rank for rank, h in enumerate(headers) if h[2]]
     if not failed and all(h[8] == digest for h in headers) and len(set(numbers)) == len(set(epochs)) == 1:

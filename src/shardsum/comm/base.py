@@ -81,6 +81,7 @@ class Communicator(ABC):
         self._lost: str | None = None
         self._scratch: dict[tuple[object, ...], tuple[Tensor, list[Tensor]]] = {}
         self._hosts: tuple[str, ...] | None = None
+        self._frames: tuple[Tensor, memoryview, Tensor, memoryview] | None = None
 
     def all_gather(self, part: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
         """Every rank's `part`, in rank order; `shapes` gives each rank's shape where they differ."""
@@ -151,6 +152,13 @@ class Communicator(ABC):
                     self._scratch.clear()
                 self._scratch[key] = found
         return found
+
+    def frames(self, frame_bytes: int) -> tuple[Tensor, memoryview, Tensor, memoryview]:
+        """Working memory for a frame of this rank and for one of each: as tensors, and as Python sees it."""
+        if self._frames is None or self._frames[1].nbytes != frame_bytes:
+            own, everyones = (torch.zeros(count * frame_bytes, dtype=torch.uint8) for count in (1, self.size))
+            self._frames = own, own.numpy().data, everyones, everyones.numpy().data
+        return self._frames
 
     def hosts(self) -> tuple[str, ...]:
         """The name of every rank's host, which all ranks ask for together.
