@@ -115,7 +115,7 @@ class KVCache:
         last = int((start + valid).max())
         even = bool((start == start[0]).all())
         self._assign(int(start[0]) if even else None, last, owners)
-        mine = self._positions(last, self.comm.rank)
+        mine = self._place(last).positions[self.comm.rank]
         store.reserve(len(start), len(mine))
         whole = [(slice(None), int(start[0]), int(valid.max()))]
         single = [(slice(b, b + 1), int(start[b]), int(valid[b])) for b in range(len(start))]
