@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shardsum.kernels import Gradients, OutputGradient
+from shardsum.kernels.compiled import few_rows
 from shardsum.kernels.native import NativeKernel
 from shardsum.problem import state_dtype
 from shardsum.scores import Scores
@@ -33,7 +34,7 @@ def check(
     gradient = OutputGradient(*(x.detach().to(state_dtype(q.dtype)) for x in (d_out, lse, delta)))
     found = NativeKernel(isa).backward(q, k, v, lo, hi, scores, gradient)
     sizes = _sizes_of_terms(q, k, v, seen, scores, gradient)
-    rounded = q.dtype == torch.bfloat16 and isa in ("amx", "avx512_bf16")
+    rounded = q.dtype == torch.bfloat16 and isa in ("amx", "avx512_bf16") and not few_rows(q, k)
     for what, mine, whole, size in zip("qkv", (found.q, found.k, found.v), expected, sizes, strict=True):
         assert mine.dtype == state_dtype(q.dtype)
         # Of the size of the terms: they cancel, and dP - delta is 0 for a row that sees one key.

@@ -94,6 +94,8 @@ class NativeKernel(Kernel):
         gradient: OutputGradient,
         segment: int,
     ) -> Gradients:
+        if not segment and few_rows(q, k):
+            q = q.to(state_dtype(q.dtype))  # 16 bits of few rows' weights: their roundings do not average out
         given = (x.to(state_dtype(q.dtype)) for x in (gradient.out, gradient.lse, gradient.delta))
         return Gradients(*attention_backward(*given, *self._arguments(q, k, v, lo, hi, scores), segment))
 
