@@ -26,7 +26,7 @@ struct Attention {
     int64_t bounds_batch;
     double scale;
     double softcap;               // 0: none
-    const float* alibi_slopes;    // (q_heads,), or null
+    const double* alibi_slopes;   // (q_heads,), or null
     double dropout_p;             // 0: none
     uint64_t seed;
     int64_t first_head;           // dropout counts heads from here

@@ -73,7 +73,7 @@ Attention attention(int type, const Sizes& sizes, const Strided& q, const Stride
     a.bounds_batch = std::get<2>(bounds);
     intptr_t slopes, rows, keys, own;
     std::tie(a.scale, a.softcap, slopes, a.dropout_p, a.seed, a.first_head, rows, keys, own, a.own_batch) = scores;
-    a.alibi_slopes = pointer<const float>(slopes);
+    a.alibi_slopes = pointer<const double>(slopes);
     a.rows = pointer<const int64_t>(rows), a.keys = pointer<const int64_t>(keys), a.own = pointer<const int64_t>(own);
     a.threads = threads, a.segment = segment;
     return a;

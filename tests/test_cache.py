@@ -178,6 +178,7 @@ def refusals(comm: Communicator) -> list[str]:
     wrong = k[:, :1] if comm.rank == 1 else k
     refused(ValueError, lambda: cache.append(0, wrong, v, layout="contiguous"))
     refused(Mismatch, lambda: cache.append(comm.rank, k, v, layout="contiguous"))
+    refused(Mismatch, lambda: cache.append(0, k, v, layout="contiguous", lengths=[99 if comm.rank else 5, 5]))
     cache.append(0, k, v, lengths=[6, 2])
     refused(Unsupported, lambda: cache.append(0, k, v, layout="contiguous"))
     # A rank that appended more than the others is found out, not believed.
@@ -191,9 +192,12 @@ def test_what_does_not_fit_is_refused_on_every_rank() -> None:
     assert first[0].startswith("k must be (2, 2, new, 5) in torch.float32, as in the cache: got (2, 1, 6, 5)")
     assert first[4].startswith("rank 1 could not take part: ValueError: k must be")
     assert first[5] == second[5] == "layer must be the same on every rank: got 0 on rank 0, 1 on rank 1."
-    assert "Append them without layout" in first[6]
-    assert first[7] == second[7]
-    assert "lengths" in first[7]
+    assert (
+        first[6] == second[6] == "lengths must be the same on every rank: got [5, 5] on rank 0, [99, 5] on rank 1."
+    )
+    assert "Append them without layout" in first[7]
+    assert first[8] == second[8]
+    assert "lengths" in first[8]
 
 
 def test_ranks_in_different_layers_are_told() -> None:
@@ -218,3 +222,37 @@ def test_what_a_cache_refuses() -> None:
         cache.append(1, torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2))
     with pytest.raises(ValueError, match="at least one sequence"):
         cache.append(0, torch.ones(0, 1, 3, 2), torch.ones(0, 1, 3, 2))
+    x = torch.ones(2, 1, 3, 2)
+    with pytest.raises(ValueError, match="k must be a torch tensor: got NoneType"):
+        cache.append(0, None, x)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="lengths must be whole numbers"):
+        cache.append(0, x, x, lengths=[1.5, 2.0])  # type: ignore[list-item]
+    cache.append(0, x, x)
+    for order, message in (
+        ([0.5], "whole numbers"),
+        ([0, 2], "numbers of the 2"),
+        ([-1], "of the 2"),
+        ([], "one at"),
+    ):
+        with pytest.raises(ValueError, match=f"sequences must be .*{message}"):
+            cache.reorder(order)  # type: ignore[arg-type]
+    for wrong, message in (
+        ({"layers": 0}, "layers must be at least 1: got 0"),
+        ({"head_dim": 2.0}, "head_dim must be a whole number"),
+        ({"dtype": torch.int32}, "dtype must be float64, float32, bfloat16 or float16: got torch.int32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            KVCache(**({"layers": 1, "kv_heads": 1, "head_dim": 2} | wrong))  # type: ignore[arg-type]
+
+
+def test_positions_that_no_sequence_has_any_more_may_lie_elsewhere() -> None:
+    def run(comm: Communicator) -> None:
+        q, k, v = tokens(9)
+        cache = new_cache(comm)
+        cache.append(0, k[:, :, :5], v[:, :, :5], lengths=[3, 5])
+        cache.reorder([0, 0])
+        cache.append(0, *(shard(x[:, :, 5:], comm=comm) for x in (k, v)), layout="contiguous")
+        held = [torch.cat([x[:1, :, :3].expand(2, -1, -1, -1), x[:, :, 5:]], dim=2) for x in (k, v)]
+        expect(None, cache.attend(0, q[:, :, 8:]), q[:, :, 8:], *held)
+
+    launch(run, ranks=2, transport="threads")

@@ -105,7 +105,7 @@ private:
     int64_t segment = 0;
     std::unique_ptr<Held> q, k, v;
     std::vector<int64_t> lo, hi, rows, keys, own, table;
-    std::vector<float> slopes;
+    std::vector<double> slopes;
     Compared outs, lses, gradients[3];  // of q, k, v
     std::vector<double> d_out, delta;
 
@@ -179,7 +179,7 @@ private:
     double score(int64_t h, int64_t i, int64_t j, double product) const {
         double s = a.scale * product;
         if (a.softcap != 0) s = a.softcap * std::tanh(s / a.softcap);
-        if (a.alibi_slopes != nullptr) s -= double(slopes[h]) * double(std::abs(own[i] - keys[j]));
+        if (a.alibi_slopes != nullptr) s -= slopes[h] * double(std::abs(own[i] - keys[j]));
         return s;
     }
 

@@ -18,12 +18,13 @@ from .errors import Unsupported
 from .kernels import Kernel
 from .layouts import Layout, as_layout
 from .masks import Mask
-from .problem import Problem
+from .problem import Problem, state_dtype
 from .strategies import Strategy, as_strategy
+from .tree import unit
 
 Indices = Int[Tensor, " entries"] | Sequence[int]
 Window = tuple[int | None, int | None]
-_LARGEST = 1 << 40  # of positions: sums of a few stay within int64
+_LARGEST_BITS = 40  # of positions: sums of a few stay within int64
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,17 +62,23 @@ class Arguments:
     def describe(self, problem: Problem) -> dict[str, Any]:
         """The arguments as JSON values, checked as far as one rank alone can check them."""
         layout, strategy = as_layout(self.layout), as_strategy(self.strategy)
-        if self.key_range is not None and len(self.key_range) != 2:
-            raise ValueError(f"key_range must be (start, end): got {len(self.key_range)} entries.")
+        for name, pair in (
+            ("key_range (start, end)", self.key_range),
+            ("key_intervals (lo, hi)", self.key_intervals),
+        ):
+            if pair is not None and (
+                not isinstance(pair, (tuple, list)) or [x is None for x in pair] != [False] * 2
+            ):
+                raise ValueError(f"{name} must be a tuple of two: got {pair!r}.")
         if self.cu_seqlens is None and self.cu_seqlens_k is not None:
             raise ValueError("cu_seqlens_k needs cu_seqlens: state the documents of the queries too.")
-        if _whole("sink_tokens", self.sink_tokens) < 0:
+        if whole("sink_tokens", self.sink_tokens) < 0:
             raise ValueError(f"sink_tokens must be 0 or more: got {self.sink_tokens}.")
         if self.bias is not None and strategy is not None and not (strategy.rows_stay or self.q_replicated):
             raise Unsupported(f"bias stays with its rows, and {strategy.name} moves rows. Use all_gather or ring.")
         self._check_scores(problem)
         if self.return_bound:
-            self._check_bound()
+            self._check_bound(problem.dtype)
         intervals = self.key_intervals
         return {
             "layout": layout.describe(),
@@ -79,38 +86,53 @@ class Arguments:
             "collective": as_collective(self.collective).name,
             "causal": bool(self.causal),
             "window": _window(self.window),
-            "cu_seqlens": _listed("cu_seqlens", self.cu_seqlens),
-            "cu_seqlens_k": _listed("cu_seqlens_k", self.cu_seqlens_k),
-            "key_range": None if self.key_range is None else [_listed("key_range", x) for x in self.key_range],
-            "prefix": _listed("prefix", self.prefix),
-            "sink_tokens": _whole("sink_tokens", self.sink_tokens),
+            "cu_seqlens": _ends("cu_seqlens", self.cu_seqlens),
+            "cu_seqlens_k": _ends("cu_seqlens_k", self.cu_seqlens_k),
+            "key_range": None if self.key_range is None else [listed("key_range", x) for x in self.key_range],
+            "prefix": listed("prefix", self.prefix),
+            "sink_tokens": whole("sink_tokens", self.sink_tokens),
             "key_intervals": None if intervals is None else _interval_rows(intervals, problem),
             "scale": "a tensor" if isinstance(self.scale, Tensor) else self.scale and float(self.scale),
             "softcap": self.softcap and float(self.softcap),
-            "alibi_slopes": None if self.alibi_slopes is None else _digest(self.alibi_slopes),
-            "sinks": None if self.sinks is None else _digest(self.sinks),
+            "alibi_slopes": _digest(self.slopes(problem.dtype)),
+            "sinks": _digest(self.sinks),
             "bias": None if self.bias is None else [*self.bias.shape[:2], self.bias.shape[3]],
             "dropout_p": float(self.dropout_p),
-            "seed": None if self.seed is None else operator.index(self.seed),
+            "seed": None if self.seed is None else whole("seed", self.seed, 63),
             "q_replicated": bool(self.q_replicated),
-            "q_start": _listed("q_start", self.q_start),
-            "q_len": None if self.q_len is None else _whole("q_len", self.q_len),
-            "kv_len": None if self.kv_len is None else _whole("kv_len", self.kv_len),
-            "reproducible": bool(self.reproducible),
+            "q_start": listed("q_start", self.q_start),
+            "q_len": None if self.q_len is None else whole("q_len", self.q_len),
+            "kv_len": None if self.kv_len is None else whole("kv_len", self.kv_len),
+            "reproducible": unit(self.reproducible) > 1,
             "return_bound": bool(self.return_bound),
-            "lengths": _listed("lengths", self.lengths),
+            "lengths": listed("lengths", self.lengths),
             "reordered": self.reordered,
         }
 
+    def slopes(self, dtype: torch.dtype) -> Tensor | None:
+        """alibi_slopes as a tensor; a list's as exact as sums over inputs of `dtype`."""
+        if self.alibi_slopes is None or isinstance(self.alibi_slopes, Tensor):
+            return self.alibi_slopes
+        try:
+            return torch.tensor(self.alibi_slopes, dtype=state_dtype(dtype))
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"alibi_slopes must be numbers: got {self.alibi_slopes!r}.") from None
+
     def _check_scores(self, problem: Problem) -> None:
-        if self.scale is not None and not isinstance(self.scale, Tensor) and not math.isfinite(self.scale):
+        if isinstance(self.scale, Tensor):
+            _check_scale(self.scale, problem)
+        elif self.scale is not None and not math.isfinite(_number("scale", self.scale)):
             raise ValueError(f"scale must be a finite number: got {self.scale}.")
-        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+        if self.softcap is not None and not 0.0 < _number("softcap", self.softcap) < math.inf:
             raise ValueError(f"softcap must be a positive number: got {self.softcap}.")
-        if not 0.0 <= self.dropout_p < 1.0:
+        if not 0.0 <= _number("dropout_p", self.dropout_p) < 1.0:
             raise ValueError(f"dropout_p must be at least 0 and less than 1: got {self.dropout_p}.")
-        for name, values in (("alibi_slopes", self.alibi_slopes), ("sinks", self.sinks)):
-            shape = None if values is None else tuple(torch.as_tensor(values).shape)
+        for name, tensor in (("sinks", self.sinks), ("bias", self.bias)):
+            if tensor is not None and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+                also = " A mask is a bias of 0 and -inf." if name == "bias" else ""
+                raise ValueError(f"{name} must be a tensor of floats: got {_kind(tensor)}.{also}")
+        for name, values in (("alibi_slopes", self.slopes(problem.dtype)), ("sinks", self.sinks)):
+            shape = None if values is None else tuple(values.shape)
             if shape not in (None, (problem.q_heads,)):
                 raise ValueError(f"{name} must be (q_heads,): got {shape} for {problem.q_heads} heads.")
         if self.bias is None:
@@ -122,12 +144,12 @@ class Arguments:
                 f"{tuple(self.bias.shape)}, batch {problem.batch}, {problem.q_heads} heads, {problem.q_len} rows."
             )
 
-    def _check_bound(self) -> None:
+    def _check_bound(self, dtype: torch.dtype) -> None:
         if not self.reproducible:
             raise Unsupported("return_bound rests on the order of sums: it needs reproducible=True.")
         if self.dropout_p:
             raise Unsupported(f"return_bound knows no dropout: got dropout_p={self.dropout_p}.")
-        slopes = None if self.alibi_slopes is None else torch.as_tensor(self.alibi_slopes)
+        slopes = self.slopes(dtype)
         if slopes is not None and not torch.equal(slopes.float().to(slopes.dtype), slopes):
             raise Unsupported("return_bound takes alibi_slopes that are float32 numbers: pass slopes.float().")
         if torch.get_float32_matmul_precision() != "highest":
@@ -142,8 +164,8 @@ class Arguments:
                 raise ValueError(f"{name}={stated}, but the ranks together hold {found}.")
         if self.bias is not None and self.bias.shape[3] != kv_len:
             raise ValueError(f"bias must have a column for each of the {kv_len} keys: got {self.bias.shape[3]}.")
-        documents = _indices("cu_seqlens", self.cu_seqlens)
-        documents_k = documents if self.cu_seqlens_k is None else _indices("cu_seqlens_k", self.cu_seqlens_k)
+        documents = indices_of("cu_seqlens", self.cu_seqlens)
+        documents_k = documents if self.cu_seqlens_k is None else indices_of("cu_seqlens_k", self.cu_seqlens_k)
         key_range = None
         if self.key_range is not None:
             start, end = (_per_sequence("key_range", bound, batch) for bound in self.key_range)
@@ -169,23 +191,36 @@ class Arguments:
 
 
 def autocast(x: Tensor) -> Tensor:
-    """x in autocast's dtype, where that is on; what is no tensor is for the agreement to refuse."""
-    if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
+    """x in autocast's dtype, where that is on; as torch does it, float64 stays.
+
+    What is no tensor of floats is for the agreement to refuse.
+    """
+    floats = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    if not floats or not torch.amp.is_autocast_available(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
-def _interval_rows(intervals: tuple[Tensor, Tensor], problem: Problem) -> int:
-    for bound in intervals if len(intervals) == 2 else ():
-        if bound.ndim == 2 and bound.shape[0] in (1, problem.batch) and bound.shape[1] == problem.q_len:
-            continue
+def _check_scale(scale: Tensor, problem: Problem) -> None:
+    sizes = ((1, problem.batch), (1, problem.q_heads), (problem.q_len,))
+    per_query = scale.ndim == 3 and all(size in s for size, s in zip(scale.shape, sizes, strict=True))
+    if scale.is_complex() or not (scale.ndim == 0 or tuple(scale.shape) == (problem.q_heads,) or per_query):
         raise ValueError(
-            f"key_intervals must be (lo, hi), each (batch or 1, {problem.q_len} queries of this rank): "
-            f"got {[tuple(x.shape) for x in intervals]}."
+            "scale must be a number, or a tensor (), (q_heads,) or (batch or 1, q_heads or 1, this rank's "
+            f"queries): got {_kind(scale)}, batch {problem.batch}, {problem.q_heads} heads, {problem.q_len} rows."
         )
-    if len(intervals) != 2 or intervals[0].shape != intervals[1].shape:
-        raise ValueError("key_intervals must be (lo, hi), two tensors of one shape.")
-    return intervals[0].shape[0]
+
+
+def _interval_rows(intervals: tuple[Tensor, Tensor], problem: Problem) -> int:
+    """The number of sequences that the intervals are given for: batch, or 1."""
+    shapes = [(rows, problem.q_len) for rows in (1, problem.batch)]
+    for bound in intervals:
+        if not isinstance(bound, Tensor) or bound.is_floating_point() or tuple(bound.shape) not in shapes:
+            raise ValueError(
+                f"key_intervals must be (lo, hi), each whole numbers (batch or 1, {problem.q_len} queries of this "
+                f"rank): got {' and '.join(map(_kind, intervals))}."
+            )
+    return int(torch.broadcast_shapes(*(bound.shape for bound in intervals))[0])
 
 
 def _window(window: Window | None) -> Window:
@@ -193,7 +228,7 @@ def _window(window: Window | None) -> Window:
         return (None, None)
     sides = tuple(window) if isinstance(window, (tuple, list)) else ()
     try:
-        left, right = (None if side is None or side == -1 else _whole("window", side) for side in sides)
+        left, right = (None if side is None or side == -1 else whole("window", side) for side in sides)
         if (left or 0) >= 0 and (right or 0) >= 0:
             return (left, right)
     except ValueError:
@@ -203,17 +238,31 @@ def _window(window: Window | None) -> Window:
     )
 
 
-def _whole(name: str, value: Any) -> int:
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(operator.mul(value, 1.0))  # no string: that can't be multiplied
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be a number: got {value!r}.") from None
+
+
+def _kind(value: object) -> str:
+    """What came in place of the right tensor."""
+    return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)
+
+
+def whole(name: str, value: Any, bits: int = _LARGEST_BITS) -> int:
+    """The value as an int. Raises: ValueError for what is no whole number, or one of more bits."""
     try:
         number = operator.index(value)
     except TypeError:
         raise ValueError(f"{name} must be a whole number: got {value!r}.") from None
-    if abs(number) > _LARGEST:
-        raise ValueError(f"{name} must be between -2^40 and 2^40: got {number}.")
+    if not -(1 << bits) <= number < 1 << bits:
+        raise ValueError(f"{name} must be between -2^{bits} and 2^{bits}: got {number}.")
     return number
 
 
-def _indices(name: str, values: Indices | None) -> Tensor | None:
+def indices_of(name: str, values: Indices | None) -> Tensor | None:
+    """The values as a tensor on the CPU. Raises: ValueError for what is no whole numbers."""
     if values is None:
         return None
     try:
@@ -232,16 +281,26 @@ def _per_sequence(name: str, values: int | Indices, batch: int) -> Tensor:
     return indices
 
 
-def _listed(name: str, values: int | Indices | None) -> list[int] | int | None:
-    indices = _indices(name, values)  # type: ignore[arg-type]
+def listed(name: str, values: int | Indices | None) -> list[int] | int | None:
+    """The values as JSON, for the agreement. Raises: ValueError for what is no whole numbers."""
+    indices = indices_of(name, values)  # type: ignore[arg-type]
     if indices is None:
         return None
-    if indices.numel() and int(indices.abs().max()) > _LARGEST:
+    if indices.numel() and int(indices.abs().max()) > 1 << _LARGEST_BITS:
         raise ValueError(f"{name} must be between -2^40 and 2^40: got {indices.tolist()}.")
     listed: list[int] | int = indices.tolist()
     return listed
 
 
-def _digest(values: Tensor | Sequence[float]) -> str:
-    content = torch.as_tensor(values).detach().double().cpu().contiguous().numpy().tobytes()
+def _ends(name: str, values: Indices | None) -> list[int] | None:
+    ends = listed(name, values)
+    if isinstance(ends, int):
+        raise ValueError(f"{name} must be (documents + 1,): got {ends}.")
+    return ends
+
+
+def _digest(values: Tensor | None) -> str | None:
+    if values is None:
+        return None
+    content = values.detach().double().cpu().contiguous().numpy().tobytes()
     return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -100,11 +100,11 @@ def _call(
     scale = 1.0 / math.sqrt(q.shape[3]) if arguments.scale is None and q.shape[3] else arguments.scale
     if isinstance(scale, Tensor):
         q, scale = scaled(q, scale), 1.0
-    slopes = arguments.alibi_slopes
+    slopes = arguments.slopes(q.dtype)
     scores = Scores(
         scale=float(scale or 0.0),
         softcap=arguments.softcap,
-        alibi_slopes=None if slopes is None else torch.as_tensor(slopes, device=q.device).detach(),
+        alibi_slopes=None if slopes is None else slopes.detach().to(q.device),
         bias=arguments.bias,
         dropout_p=arguments.dropout_p,
         seed=_seed(comm, arguments) if arguments.dropout_p else 0,
@@ -141,7 +141,8 @@ def _intervals_of_all(
     """Every rank's key_intervals, in the order of the global queries."""
     if arguments.key_intervals is None:
         return None
-    own = torch.stack([torch.as_tensor(x, dtype=torch.int64, device="cpu") for x in arguments.key_intervals])
+    bounds = torch.broadcast_tensors(*arguments.key_intervals)
+    own = torch.stack([x.to("cpu", torch.int64) for x in bounds])
     if arguments.q_replicated or comm.size == 1:
         return own[0], own[1]
     parts = comm.all_gather(own, [(*own.shape[:2], len(positions)) for positions in queries.positions])

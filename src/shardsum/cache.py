@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .arguments import Arguments, Indices
+from .arguments import Arguments, Indices, indices_of, listed, whole
 from .attend import attend
 from .comm import Communicator, agree, agree_on, as_communicator
 from .errors import Unsupported
 from .layouts import Layout, Placement, as_layout
+from .problem import DTYPES
 from .storage import LayerStorage
 from .tree import unit
 
@@ -58,6 +59,11 @@ class KVCache:
         self.comm = as_communicator(comm)
         self._reproducible, self._unit = reproducible, unit(reproducible)
         dims = (head_dim, head_dim if v_dim is None else v_dim)
+        for name, size in (("layers", layers), ("kv_heads", kv_heads), ("head_dim", dims[0]), ("v_dim", dims[1])):
+            if whole(name, size) < 1:
+                raise ValueError(f"{name} must be at least 1: got {size}.")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be float64, float32, bfloat16 or float16: got {dtype}.")
         quantized = quantize is not None
         self._layers = [LayerStorage(kv_heads, dims, dtype, device, quantized) for _ in range(layers)]
         self.reset()
@@ -107,7 +113,7 @@ class KVCache:
             self._layer(layer).check(k, v)
             index, new, owners = torch.arange(k.shape[2]), k.shape[2], None
         else:
-            placement = self._agree_on_shards(layer, k, v, layout)
+            placement = self._agree_on_shards(layer, k, v, layout, lengths)
             index, new, owners = placement.positions[self.comm.rank], placement.length, _owners(placement)
         store = self._layer(layer)
         start = store.lengths if len(store.lengths) else torch.zeros(k.shape[0], dtype=torch.int64)
@@ -179,35 +185,53 @@ class KVCache:
 
     def crop(self, length: int) -> None:
         """Forget every sequence's tokens from position `length` on."""
-        if length < 0:
+        if whole("length", length) < 0:
             raise ValueError(f"length must be 0 or more: got {length}.")
         for layer in self._layers:
             layer.lengths = layer.lengths.clamp(max=length)
-        self._owners = self._owners[: max((layer.longest for layer in self._layers), default=0)]
-        self._placement = None
+        self._forget_owners()
 
     def reorder(self, sequences: Indices) -> None:
         """Make sequence b of the batch what `sequences[b]` was; entries may repeat (beam search)."""
-        order = torch.as_tensor(sequences, dtype=torch.int64, device="cpu")
+        order = indices_of("sequences", sequences)
+        batch = max((len(layer.lengths) for layer in self._layers), default=0)
+        if order is None or order.ndim != 1 or not len(order) or not _all_in(order, 0, max(batch, 1) - 1):
+            raise ValueError(
+                f"sequences must be numbers of the {batch} in the cache, one at least: got {sequences}."
+            )
         self._reordered = zlib.crc32(order.numpy().tobytes(), self._reordered)
         for layer in self._layers:
             layer.reorder(order)
+        self._forget_owners()
+
+    def _forget_owners(self) -> None:
+        """Positions that no sequence has any more may come to lie elsewhere."""
+        self._owners = self._owners[: max((layer.longest for layer in self._layers), default=0)]
+        self._placement = None
 
     def _layer(self, layer: int) -> LayerStorage:
         if not 0 <= layer < len(self._layers):
             raise ValueError(f"layer must be one of the cache's {len(self._layers)}: got {layer}.")
         return self._layers[layer]
 
-    def _agree_on_shards(self, layer: int, k: Tensor, v: Tensor, layout: str | Layout) -> Placement:
+    def _agree_on_shards(
+        self, layer: int, k: Tensor, v: Tensor, layout: str | Layout, lengths: Indices | None
+    ) -> Placement:
         def describe() -> dict[str, Any]:
             self._layer(layer).check(k, v)
             cached = self._layer(layer).lengths.tolist()
             shape = [*k.shape[:2], k.shape[3], v.shape[3]]
-            names = as_layout(layout).describe()
-            return {"call": "append", "layer": layer, "shape": shape, "layout": names, "lengths": cached}
+            return {
+                "call": "append",
+                "layer": layer,
+                "shape": shape,
+                "layout": as_layout(layout).describe(),
+                "cached": cached,
+                "lengths": listed("lengths", lengths),
+            }
 
-        lengths = [length for _, length in agree_on(self.comm, describe, k, k)]
-        return Placement.of(as_layout(layout), lengths, "new tokens", self._unit)
+        held = [length for _, length in agree_on(self.comm, describe, k, k)]
+        return Placement.of(as_layout(layout), held, "new tokens", self._unit)
 
     def _assign(self, base: int | None, last: int, owners: Tensor | None) -> None:
         """Give the positions before `last` that lie nowhere yet to ranks: sharded from `base`, or in turn."""
@@ -257,7 +281,11 @@ def _owners(placement: Placement) -> Tensor:
 
 
 def _valid(lengths: Indices, batch: int, new: int) -> Tensor:
-    valid = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
-    if valid.shape != (batch,) or not bool(((valid >= 0) & (valid <= new)).all()):
-        raise ValueError(f"lengths must be ({batch},), each from 0 to {new} new tokens: got {valid.tolist()}.")
+    valid = indices_of("lengths", lengths)
+    if valid is None or valid.shape != (batch,) or not _all_in(valid, 0, new):
+        raise ValueError(f"lengths must be ({batch},), each from 0 to {new} new tokens: got {lengths}.")
     return valid
+
+
+def _all_in(numbers: Tensor, least: int, most: int) -> bool:
+    return bool(((numbers >= least) & (numbers <= most)).all())

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .attention import attention
-from .comm import Communicator, as_communicator
+from .comm import Communicator, agree, as_communicator
 from .errors import Unsupported
 from .layouts import Layout
 from .strategies import Strategy
@@ -54,42 +54,43 @@ class _Mode(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        run = self._attend if func is F.scaled_dot_product_attention else func
-        return run(*args, **(kwargs or {}))
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        try:
+            tensors, options = _translated(*args, **(kwargs or {}))
+        except Exception as mistake:
+            agree(self.comm, {}, error=mistake)  # so that it reaches the ranks whose calls are right
+            raise
+        return attention(*tensors, comm=self.comm, layout=self.layout, strategy=self.strategy, **options)
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if attn_mask is not None:
-            raise Unsupported(
-                "attn_mask is not supported inside context_parallel: rows and keys lie on all ranks. Use "
-                "shardsum.attention with window, key_range, cu_seqlens, key_intervals or bias."
-            )
-        if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
-            raise Unsupported(
-                "context_parallel takes (batch, heads, length, dim): "
-                f"got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}."
-            )
-        if query.shape[1] != key.shape[1] and not enable_gqa:
-            raise ValueError(f"{query.shape[1]} query heads and {key.shape[1]} KV heads need enable_gqa=True.")
-        out: Tensor = attention(
-            query,
-            key,
-            value,
-            comm=self.comm,
-            layout=self.layout,
-            strategy=self.strategy,
-            causal=is_causal,
-            q_start=0 if is_causal else None,
-            scale=scale,
-            dropout_p=dropout_p,
+
+def _translated(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    """Torch's call as arguments of `attention`."""
+    if attn_mask is not None:
+        raise Unsupported(
+            "attn_mask is not supported inside context_parallel: rows and keys lie on all ranks. Use "
+            "shardsum.attention with window, key_range, cu_seqlens, key_intervals or bias."
         )
-        return out
+    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
+        raise Unsupported(
+            "context_parallel takes (batch, heads, length, dim): "
+            f"got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}."
+        )
+    if query.shape[1] != key.shape[1] and not enable_gqa:
+        raise ValueError(f"{query.shape[1]} query heads and {key.shape[1]} KV heads need enable_gqa=True.")
+    options = {
+        "causal": is_causal,
+        "q_start": 0 if is_causal else None,
+        "scale": scale,
+        "dropout_p": dropout_p,
+    }
+    return (query, key, value), options

@@ -81,7 +81,10 @@ class Layout:
         >>> Layout.packed([0, 4, 5, 8]).positions(8, rank=1, size=2)
         tensor([2, 5, 6, 7])
         """
-        return cls("packed", documents=tuple(torch.as_tensor(cu_seqlens).long().tolist()))
+        ends = torch.as_tensor(cu_seqlens)
+        if ends.is_floating_point() and ends.numel():
+            raise ValueError(f"cu_seqlens must be whole numbers: got {ends.tolist()}.")
+        return cls("packed", documents=tuple(ends.long().tolist()))
 
     def describe(self) -> list[str | float]:
         """The layout as JSON values, for the agreement."""

@@ -139,11 +139,11 @@ def _largest_scores(comm: Communicator, q: Tensor, k: Tensor, arguments: Argumen
     than a rounding of that.
     """
     eps, tiny = torch.finfo(q.dtype).eps, torch.finfo(q.dtype).tiny
-    least, slopes = tiny / eps**2, arguments.alibi_slopes
+    least, slopes = tiny / eps**2, arguments.slopes(q.dtype)
     changes: dict[str, Any] = {
         "scale": _LN_2,
         "softcap": None,
-        "alibi_slopes": None if slopes is None else -_sharp(torch.as_tensor(slopes)),
+        "alibi_slopes": None if slopes is None else -_sharp(slopes),
         "bias": None if arguments.bias is None else _sharp(arguments.bias.to(q.dtype)),
         "sinks": None if arguments.sinks is None else _sharp(arguments.sinks.to(q.dtype)),
     }

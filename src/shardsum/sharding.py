@@ -33,7 +33,8 @@ def shard(
     tensor([0, 1, 2, 3])
     """
     comm = as_communicator(comm)
-    part: Tensor = _Shard.apply(x, comm, dim, as_layout(layout), bool(reproducible))  # type: ignore[no-untyped-call]
+    _check_dim(x, dim)
+    part: Tensor = _Shard.apply(x, comm, dim, as_layout(layout), unit(reproducible) > 1)  # type: ignore[no-untyped-call]
     return part
 
 
@@ -57,13 +58,14 @@ def unshard(
     comm = as_communicator(comm)
 
     def describe() -> dict[str, Any]:
+        _check_dim(x, dim)
         others = [size for axis, size in enumerate(x.shape) if axis != dim % x.ndim]
         names = as_layout(layout).describe()
         return {
             "call": "unshard",
             "dim": dim % x.ndim,
             "layout": names,
-            "reproducible": bool(reproducible),
+            "reproducible": unit(reproducible) > 1,
             "dtype": str(x.dtype),
             "sizes": others,
         }
@@ -129,8 +131,8 @@ def global_value(
     def describe() -> dict[str, Any]:
         if kind not in ("sum", "mean", "max", "count"):
             raise ValueError(f"kind must be sum, mean, max or count: got {kind!r}.")
-        if not values.is_floating_point():
-            raise ValueError(f"values must be floats: got {values.dtype}.")
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            raise ValueError(f"values must be floats: got {getattr(values, 'dtype', values)}.")
         return {"call": kind, "dtype": str(values.dtype), "collective": as_collective(collective).name}
 
     counts = [count for count, _ in agree_on(comm, describe, values, values, None)]
@@ -150,8 +152,17 @@ def sum_over_ranks(part: Tensor, comm: Communicator, collective: Collective) -> 
     return total
 
 
+def _check_dim(x: Tensor, dim: int) -> None:
+    if not isinstance(x, Tensor) or dim not in range(-x.ndim, x.ndim):
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"dim must be one of those of a tensor: got dim {dim!r} of {shape}.")
+
+
 def check_weighted(weights: Tensor, values: Tensor) -> None:
     """Raise ValueError unless these are weights and values of one weighted sum."""
+    for name, x in (("weights", weights), ("values", values)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a torch tensor: got {type(x).__name__}.")
     shapes = f"got {tuple(weights.shape)} and {tuple(values.shape)}."
     if weights.ndim < 1 or values.ndim < 2 or weights.shape[-1] != values.shape[-2]:
         raise ValueError(

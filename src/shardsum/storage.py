@@ -54,8 +54,10 @@ class LayerStorage:
         return k, v, (scales[0].squeeze(3), scales[1].squeeze(3)) if scales else None
 
     def check(self, k: Tensor, v: Tensor) -> None:
-        batch = len(self.lengths) or k.shape[0]
+        batch = len(self.lengths) or (k.shape[0] if isinstance(k, Tensor) and k.ndim else 1)
         for name, x, dim in zip("kv", (k, v), self.dims, strict=True):
+            if not isinstance(x, Tensor):
+                raise ValueError(f"{name} must be a torch tensor: got {type(x).__name__}.")
             expected = (batch, self.kv_heads, dim)
             if x.ndim != 4 or (x.shape[0], x.shape[1], x.shape[3]) != expected or x.dtype != self.dtype:
                 raise ValueError(

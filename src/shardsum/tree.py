@@ -88,7 +88,12 @@ class Forest(Generic[T]):
 
 
 def unit(reproducible: bool) -> int:
-    """How many positions stay together on one rank."""
+    """How many positions stay together on one rank. Raises: Unsupported for what is neither True nor False."""
+    if reproducible not in (True, False):
+        raise Unsupported(
+            f"reproducible must be True or False: got {reproducible!r}. The same bits across instruction sets "
+            "(docs/reproducible.md, L3) are not offered."
+        )
     return SEGMENT if reproducible else 1
 
 

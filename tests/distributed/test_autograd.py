@@ -141,6 +141,14 @@ def test_under_autocast() -> None:
         assert_close(found.grad, x.grad, 2**-7, "gradient")
 
 
+def test_autocast_leaves_float64_as_torch_does() -> None:
+    x = normal(1, 2, 5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(shardsum.attention(x, x, x), whole(x, causal=False), 1e-12, "float64")
+        with pytest.raises(ValueError, match="one dtype of float64"):
+            shardsum.attention(x.int(), x.int(), x.int())
+
+
 class Block(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import shardsum
-from shardsum import Unsupported, context_parallel, launch
+from shardsum import Mismatch, Unsupported, context_parallel, launch
 from shardsum.comm import Communicator
 
 from ..tolerances import assert_close
@@ -48,6 +48,19 @@ def test_as_torch_alone(layout: str, kv_len: int, kv_heads: int, options: dict[s
             assert_close(found.grad, shardsum.shard(x.grad, comm=comm, layout=layout), 1e-12, "gradient")
 
     launch(run, ranks=3, transport="threads")
+
+
+def test_what_is_not_supported_reaches_every_rank() -> None:
+    def run(comm: Communicator) -> str:
+        q = torch.ones(1, 1, 2, 2)
+        with context_parallel(comm):
+            with pytest.raises(Mismatch) as caught:
+                F.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(2, 2) if comm.rank else None)
+            F.scaled_dot_product_attention(q, q, q)
+        return str(caught.value)
+
+    for said in launch(run, ranks=2, transport="threads"):
+        assert said.startswith("rank 1 could not take part: Unsupported: attn_mask is not supported")
 
 
 def test_only_inside_and_only_what_is_supported() -> None:

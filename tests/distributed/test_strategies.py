@@ -13,6 +13,8 @@ from shardsum import AttentionState, Layout, Mismatch, NonFiniteWarning, RankLos
 from shardsum.comm import Communicator
 from shardsum.strategies import STRATEGIES, as_strategy
 
+from .. import dense
+from ..tolerances import assert_close
 from .cases import MASKS, Case, Recorded, layout_of, run_all, run_case
 
 # Cases with a NaN in a visible key are among them: that they warn is tested below.
@@ -150,6 +152,15 @@ def test_shards_that_the_layout_does_not_cut_are_refused_on_every_rank() -> None
     assert len(set(launch(run, ranks=2, transport="threads"))) == 1
 
 
+def test_what_is_given_as_lists_or_for_one_sequence_is_as_exact() -> None:
+    x = torch.randn(2, 2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    lo, hi = torch.tensor([[0, 0, 1]]), torch.tensor([[1, 2, 3], [3, 3, 2]])  # of both sequences, and of each
+    found = shardsum.attention(x, x, x, alibi_slopes=[0.1, 0.7], key_intervals=(lo, hi))
+    seen = dense.visible(3, 3, 2, key_intervals=(lo, hi))
+    alibi = torch.tensor([0.1, 0.7], dtype=torch.float64), dense.distances(3, 3, 2)
+    assert_close(found, dense.attention(x, x, x, seen, alibi=alibi)[0], 1e-12, "out")
+
+
 def test_what_is_not_supported_says_so() -> None:
     with pytest.raises(
         Unsupported,
@@ -168,6 +179,30 @@ def test_what_is_not_supported_says_so() -> None:
         ({"window": (1.5, 0)}, "window must be"),
         ({"window": (1 << 70, 0)}, "window must be"),
         ({"comm": "gloo"}, "comm must be a Communicator"),
+        (
+            {"scale": torch.ones(3)},
+            r"scale must be a number, or a tensor .*: got \(3,\) of torch.float32, .* 2 heads",
+        ),
+        ({"scale": torch.ones(1, 1, 4)}, r"got \(1, 1, 4\) .* 3 rows"),
+        ({"scale": "x"}, "scale must be a number: got 'x'"),
+        ({"softcap": "x"}, "softcap must be a number"),
+        ({"dropout_p": "x"}, "dropout_p must be a number"),
+        ({"dropout_p": 0.1, "seed": 1 << 63}, r"seed must be between -2\^63 and 2\^63"),
+        ({"dropout_p": 0.1, "seed": 0.5}, "seed must be a whole number"),
+        ({"sinks": [0.0, 0.0]}, r"sinks must be a tensor of floats: got \[0.0, 0.0\]"),
+        ({"alibi_slopes": [None, 1.0]}, "alibi_slopes must be numbers"),
+        (
+            {"bias": torch.ones(1, 1, 3, 3, dtype=torch.bool)},
+            "bias must be .* torch.bool. A mask is a bias of 0 and",
+        ),
+        (
+            {"key_intervals": (torch.zeros(1, 3), torch.ones(1, 3))},
+            r"whole numbers .* got \(1, 3\) of torch.float32",
+        ),
+        ({"key_intervals": 3}, r"key_intervals \(lo, hi\) must be a tuple of two: got 3"),
+        ({"key_range": (None, [2])}, r"key_range \(start, end\) must be a tuple of two"),
+        ({"cu_seqlens": 3}, r"cu_seqlens must be \(documents \+ 1,\): got 3"),
+        ({"reproducible": "portable"}, "reproducible must be True or False: got 'portable'"),
     ):
         with pytest.raises(ValueError, match=message):
             shardsum.attention(y, y, y, **options)
@@ -197,7 +232,10 @@ def wrong_types(comm: Communicator) -> list[str]:
         lambda: shardsum.attention(None if comm.rank == 0 else x, x, x, comm=comm),  # type: ignore[arg-type]
         lambda: shardsum.attention(x, x, x, comm=comm, window=("a", 0) if comm.rank == 0 else None),  # type: ignore[arg-type]
         lambda: shardsum.attention(x, x, x, comm=comm, key_range=5 if comm.rank == 0 else None),  # type: ignore[arg-type]
+        # Found out too late these would be messages of other sizes than the other rank's.
+        lambda: shardsum.attention(x, x, x, comm=comm, scale=torch.ones(2 if comm.rank == 0 else 1)),
         lambda: shardsum.unshard(x[0, 0, 0, 0] if comm.rank == 0 else x, comm=comm),
+        lambda: shardsum.unshard(x, comm=comm, dim=4 if comm.rank == 0 else 3),
         lambda: shardsum.weighted_sum(None if comm.rank == 0 else x, x, comm=comm),  # type: ignore[arg-type]
     ]
     for call in calls:

@@ -146,10 +146,10 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "GptOss"])
 @pytest.mark.parametrize("documents", PACKED)
 def test_packed_documents(family: str, documents: str) -> None:
-    """Positions that begin again: as Transformers does it, documents do not see each other."""
+    """Positions that begin again: as in Transformers documents do not see each other; gpt-oss takes no notice."""
     model, ids = tiny(family, **FAMILIES[family]).train(), prompt(23, 2)
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in PACKED[documents]])
     expected = alone(model, ids, labelled(ids), position_ids=positions)
@@ -280,6 +280,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a token too large": ({"input_ids": prompt(9) + 97}, "input_ids must be whole numbers from 0 to 96"),
     "a position too large": ({"position_ids": torch.arange(9)[None] + 120}, "checked for 128 positions: got 129"),
+    "no tensor": ({"labels": None}, "labels must be a torch tensor: got NoneType"),
     "a hole": ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 1]])}, "got a hole"),
 }
 
@@ -309,6 +310,18 @@ def test_batches_that_differ_between_ranks_are_refused() -> None:
 
     with pytest.raises(Mismatch, match="input_ids must be the same on every rank"):
         launch(run, ranks=2, transport="threads")
+
+
+def test_one_ranks_mistake_of_any_kind_reaches_all() -> None:
+    models = [tiny("Llama") for _ in range(2)]
+
+    def run(comm: Any) -> str:
+        with training(models[comm.rank], comm) as sharded, pytest.raises(Mismatch) as caught:
+            sharded.loss(prompt(9), prompt(9), position_ids=[0] if comm.rank else None)  # type: ignore[arg-type]
+        return str(caught.value)
+
+    for said in launch(run, ranks=2, transport="threads"):
+        assert said.startswith("rank 1 could not take part: AttributeError: 'list' object")
 
 
 def test_weights_that_differ_between_ranks_are_refused() -> None:

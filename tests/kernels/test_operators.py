@@ -130,7 +130,7 @@ WRONG = {
     "rows must": {"rows": torch.arange(8)},
     "keys must": {"keys": torch.arange(20)},
     "own must": {"own": torch.arange(9)},
-    "alibi_slopes must be torch.float32": {"alibi_slopes": torch.zeros(6).double()},
+    "alibi_slopes must be torch.float32": {"alibi_slopes": torch.zeros(6).half()},
     "alibi_slopes must .* .5,": {"alibi_slopes": torch.zeros(5)},
     "alibi_slopes need own and keys": {"alibi_slopes": torch.zeros(6)},
     "dropout needs rows and keys": {"dropout_p": 0.1},

@@ -54,7 +54,7 @@ def sharded(
             session.cache_shape = probe(session, name)
             if reproducible:  # raises where the layout cuts segments
                 layout.positions(0, comm.rank, comm.size, unit(reproducible))
-        except ValueError as error:
+        except Exception as error:  # noqa: BLE001 (raised again here, once the others know)
             problem = error
         call = {"call": "hf.sharded", "model": type(model).__name__, "layout": str(layout)}
         agree(comm, call | {"reproducible": reproducible}, error=problem)

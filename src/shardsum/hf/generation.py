@@ -70,7 +70,7 @@ def _generate(session: Session, input_ids: Tensor, **arguments: Any) -> Any:
     model: Any = session.model  # its `generate` comes from a mixin that torch's Module hides from type checkers
     try:
         return model.generate(input_ids, **_arranged(loop, input_ids, arguments))
-    except ValueError as error:
+    except Exception as error:
         if not loop.agreed:  # the other ranks, whose calls may be right, wait for this one
             agree(session.comm, {}, error=error)
         raise

@@ -96,7 +96,7 @@ def window_left(
     first = _first_visible(mask_function, batch, last)
     left = None if first == 0 else kv_length - 1 - first
     rows, keys = _sample(q_offset, kv_length, left, device)
-    _compare(_evaluate(mask_function, batch, rows, keys), left, rows, keys)
+    _compare(evaluate(mask_function, batch, rows, keys), left, rows, keys)
     return left
 
 
@@ -176,14 +176,14 @@ def checked_mask(
 def _first_visible(mask_function: MaskFunction, batch: int, row: Tensor) -> int:
     """The first key that a row sees, supposing that what it sees is one interval; 0 where it sees none."""
     coarse = torch.linspace(0, int(row), _SAMPLED_KEYS, device=row.device).long()
-    index = int(_evaluate(mask_function, batch, row, coarse)[0, 0].int().argmax())
+    index = int(evaluate(mask_function, batch, row, coarse)[0, 0].int().argmax())
     if index == 0:
         return 0
     fine = torch.arange(int(coarse[index - 1]) + 1, int(coarse[index]) + 1, device=row.device)
-    return int(fine[_evaluate(mask_function, batch, row, fine)[0, 0].int().argmax()]) if len(fine) else 0
+    return int(fine[evaluate(mask_function, batch, row, fine)[0, 0].int().argmax()]) if len(fine) else 0
 
 
-def _evaluate(mask_function: MaskFunction, batch: int, rows: Tensor, keys: Tensor) -> Tensor:
+def evaluate(mask_function: MaskFunction, batch: int, rows: Tensor, keys: Tensor) -> Tensor:
     """What the mask lets the given rows see of the given keys: (batch, rows, keys), bool."""
     sequence = torch.arange(batch, device=rows.device)[:, None, None]
     head = torch.zeros_like(sequence)

@@ -29,7 +29,7 @@ from ..strategies import Strategy, as_strategy
 from .batch import IGNORED, Batch, BatchMask, Ways, shifted
 from .binding import longest, registered
 from .gradients import sum_gradients, weights_digest
-from .masks import MaskFunction, checked_mask, interval_mask
+from .masks import MaskFunction, checked_mask, evaluate, interval_mask
 from .probe import TOKENS, probe_training
 from .randomness import NoRandomNumbers
 from .session import MASK_POSITIONS, Bound, digest, takes
@@ -75,8 +75,9 @@ def training(
             name = undo.enter_context(registered(bound))
             with _evaluating(model):
                 probe_training(bound, name, bound.running(Batch.of(_alone(ways), TOKENS)))
+                bound.find_out_about_documents()
             call = _description(bound)
-        except ValueError as error:
+        except Exception as error:  # noqa: BLE001 (raised again here, once the others know)
             problem = error
         agree(comm, {"call": "hf.training", **call}, error=problem)
         yield bound
@@ -93,6 +94,9 @@ class Training(Bound):
         super().__init__(model, ways.comm, ways.layout, positions)
         self.ways = ways
         self.batch: Batch | None = None
+        # Whether the model's masks keep packed documents apart, and the answers of each while that is found out.
+        self.documents_apart = True
+        self._apart: list[bool] | None = None
 
     def loss(
         self,
@@ -111,7 +115,8 @@ class Training(Bound):
         - `attention_mask`: 0 where a row is padded, on the left or right. Positions count padding too unless
           `position_ids` says otherwise, as in Transformers.
         - `position_ids`: without an attention_mask, a document begins wherever they do not go on by one, and sees
-          only itself, as in Transformers.
+          only itself, as in Transformers; of a model that takes no notice of documents there (gpt-oss), not here
+          either.
         - `num_items_in_batch`: what the sum of losses is divided by, in place of the number of labelled tokens;
           for gradient accumulation, that of all batches together.
         - `seed`: of attention's dropout; by default rank 0's torch generator draws one. Weights are dropped by
@@ -129,9 +134,10 @@ class Training(Bound):
         problem, batch, divisor = None, None, 0
         try:
             self._check(input_ids, labels, attention_mask, position_ids)
-            batch = Batch.of(self.ways, input_ids.shape[1], attention_mask, position_ids, seed)
+            documents = position_ids if self.documents_apart else None
+            batch = Batch.of(self.ways, input_ids.shape[1], attention_mask, documents, seed)
             divisor = _divisor(labels, num_items_in_batch)
-        except ValueError as error:
+        except Exception as error:  # noqa: BLE001 (raised again here, once the others know)
             problem = error
         call: dict[str, Any] = {
             "call": "hf.training.loss",
@@ -141,7 +147,8 @@ class Training(Bound):
         }
         given: dict[str, Tensor | None] = {"input_ids": input_ids, "labels": labels}
         given |= {"attention_mask": attention_mask, "position_ids": position_ids}
-        agree(self.comm, call | {name: digest(x) for name, x in given.items()}, error=problem)
+        digests = {} if problem else {name: digest(x) for name, x in given.items()}
+        agree(self.comm, call | digests, error=problem)
         assert batch is not None, "agree() has raised what is wrong"
         logits = self._logits(batch, input_ids, position_ids)
         targets = batch.own(shifted(labels)) if len(batch.rows) else labels.new_full(logits.shape[:2], IGNORED)
@@ -168,12 +175,26 @@ class Training(Bound):
         finally:
             self.batch = None
 
+    @torch.no_grad()
+    def find_out_about_documents(self) -> None:
+        """Run the model on two tokens that are a document each: its masks say whether it keeps them apart."""
+        self._apart, zeros = [], torch.zeros(1, 2, dtype=torch.int64, device=self.model.device)
+        try:
+            with self.running(Batch.of(_alone(self.ways), 2)):
+                self.model(input_ids=zeros, position_ids=zeros, use_cache=False)
+            self.documents_apart = all(self._apart)
+        finally:
+            self._apart = None
+
     def _check(
         self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> None:
         """Raises: ValueError where a tensor is not what `loss` asks for."""
         if not self.open:
             raise ValueError("this training session is closed. Use it inside of `with training(...)`.")
+        for name, given in (("input_ids", input_ids), ("labels", labels)):
+            if not isinstance(given, Tensor):
+                raise ValueError(f"{name} must be a torch tensor: got {type(given).__name__}.")
         if input_ids.ndim != 2 or not input_ids.numel():
             raise ValueError(f"input_ids must be (batch, tokens), one at least: got {tuple(input_ids.shape)}.")
         whole = tuple(input_ids.shape)
@@ -245,6 +266,10 @@ class Training(Bound):
         """
         if self.probe is None and self.batch is None:
             raise ValueError("the model is bound to all ranks: call loss() of `training(...)`, not the model.")
+        if self._apart is not None:
+            second, first = (torch.tensor([token], device=device) for token in (1, 0))
+            self._apart.append(not evaluate(mask_function, batch_size, second, first).any())
+            return BatchMask(batch=self.batch)
         length = min(self.positions, MASK_POSITIONS) if self.batch is None else self.batch.length
         found = interval_mask(mask_function, None, batch_size, 0, length, torch.device(device))
         return BatchMask(found.left, None, found.problem, self.batch)

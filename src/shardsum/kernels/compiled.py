@@ -102,7 +102,7 @@ def call(
     described = (
         given.scale,
         given.softcap or 0.0,
-        address(given.alibi_slopes),
+        address(None if given.alibi_slopes is None else given.alibi_slopes.double()),
         given.dropout_p,
         given.seed % (1 << 64),
         given.head,

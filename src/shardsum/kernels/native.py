@@ -107,7 +107,7 @@ class NativeKernel(Kernel):
         return (q, k, v, lo, hi, *self._options(scores))
 
     def _options(self, scores: Scores) -> tuple[Any, ...]:
-        slopes = scores.alibi_slopes if scores.alibi_slopes is None else scores.alibi_slopes.to(torch.float32)
+        slopes = scores.alibi_slopes if scores.alibi_slopes is None else scores.alibi_slopes.double()
         indices = (scores.rows, scores.keys, scores.own)
         dropout = (scores.dropout_p, scores.seed, scores.head)
         return (scores.scale, scores.softcap, slopes, *dropout, *indices, self.instruction_set)

@@ -12,7 +12,8 @@ backward does so too, d_k and d_v over segments of rows.
 
 Shapes: q (batch, q_heads, q_len, head_dim), k (batch, kv_heads, kv_len, head_dim), v (batch, kv_heads, kv_len,
 v_dim), of any strides; lo, hi and own (batch or 1, q_len), rows (q_len,), keys (kv_len,), int64; alibi_slopes
-(q_heads,), float32; out and d_out (batch, q_heads, q_len, v_dim), lse and delta (batch, q_heads, q_len).
+(q_heads,), float32 or float64; out and d_out (batch, q_heads, q_len, v_dim), lse and delta (batch, q_heads,
+q_len).
 Numerics: out, lse, delta and all gradients are float32, or float64 for float64 inputs; autograd rounds to the
 dtypes of q, k and v. Ends beyond 0 and kv_len mean these: no other key is read.
 Gradients: of q, k and v, once, from those of out and lse.
@@ -155,7 +156,8 @@ def _check(
     if given.own is not None:
         _check_tensor("own", given.own, q, whole, *of_rows)
     if given.alibi_slopes is not None:
-        _check_tensor("alibi_slopes", given.alibi_slopes, q, torch.float32, (problem.q_heads,))
+        dtype = torch.float64 if given.alibi_slopes.dtype == torch.float64 else torch.float32
+        _check_tensor("alibi_slopes", given.alibi_slopes, q, dtype, (problem.q_heads,))
         if given.own is None or given.keys is None:
             raise ValueError("alibi_slopes need own and keys, the positions that distances are between.")
     if given.softcap is not None and not given.softcap > 0.0:
