@@ -16,7 +16,7 @@ from .. import __version__
 from ..comm.connect import mpi_installed
 from ..comm.processes import find_mpiexec, reports_lost_ranks
 from ..kernels import as_kernel, instruction_sets, why_not_native
-from .common import console, print_json
+from .common import console, is_first_rank, print_json
 
 
 @click.command()
@@ -28,6 +28,8 @@ def doctor(as_json: bool) -> None:
     Example:
       shardsum doctor
     """
+    if not is_first_rank():
+        return
     found = examine()
     if as_json:
         print_json(found)
