@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -169,8 +170,9 @@ def check_weighted(weights: Tensor, values: Tensor) -> None:
             f"weights (..., keys) and values (..., keys, v_dim) must have the same number of keys: {shapes}"
         )
     try:
-        torch.broadcast_shapes(weights.shape[:-2], values.shape[:-2])
-    except RuntimeError:
+        # torch's own imports 500 modules at its first call, on every rank: seconds.
+        np.broadcast_shapes(weights.shape[:-2], values.shape[:-2])
+    except ValueError:
         raise ValueError(
             f"the dims of weights and values before the last two must fit each other: {shapes}"
         ) from None

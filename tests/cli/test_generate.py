@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from shardsum import Mismatch, launch
 from shardsum.cli import generation
 from shardsum.cli.text import text_and_question
+from shardsum.comm import Communicator
 
 from ..hf.tiny import tiny, words
 from .run import assert_refused, launched, shardsum
@@ -27,6 +29,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(folder: Path, *options: object) -> list[object]:
     return ["generate", "--model", folder, "--prompt-file", folder / "prompt.txt", "--new-tokens", 12, *options]
+
+
+def test_a_prompt_that_one_rank_can_not_read_is_said_on_all(tmp_path: Path) -> None:
+    """Under a launcher each rank reads it on its own host."""
+
+    def read(comm: Communicator) -> str:
+        return generation._read(str(tmp_path / f"prompt.{comm.rank}"))
+
+    (tmp_path / "prompt.0").write_text("words")
+    with pytest.raises(Mismatch, match=r"rank 1 could not take part: ValueError: can't read .*prompt.1"):
+        launch(read, 2, "threads")
+    (tmp_path / "prompt.1").write_text("words")
+    assert launch(read, 2, "threads") == ["words", "words"]
 
 
 @pytest.mark.parametrize(("ranks", "transport"), [(2, "threads"), (3, "threads"), (2, "gloo"), (2, "mpi")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -62,3 +64,12 @@ def test_what_does_not_fit_is_refused() -> None:
         shardsum.weighted_sum(torch.ones(3), torch.ones(2, 2))
     with pytest.raises(ValueError, match="one floating dtype"):
         shardsum.weighted_sum(torch.ones(2), torch.ones(2, 2).int())
+    with pytest.raises(ValueError, match="dims of weights and values before the last two"):
+        shardsum.weighted_sum(torch.ones(3, 2, 4), torch.ones(5, 4, 2))
+
+
+def test_the_first_call_imports_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.broadcast_shapes imports 500 modules, which took each rank 2 to 4 seconds."""
+    monkeypatch.delitem(sys.modules, "torch.fx.experimental.symbolic_shapes", raising=False)
+    shardsum.weighted_sum(torch.ones(3, 1, 2), torch.ones(2, 2), comm=shardsum.connect("single"))
+    assert "torch.fx.experimental.symbolic_shapes" not in sys.modules

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from shardsum.errors import Unsupported
-from shardsum.kernels.compiled import LARGEST_DIM
+from shardsum.kernels.compiled import LARGEST_DIM, Options, call
 from shardsum.kernels.operators import attention_backward, attention_forward
+from shardsum.problem import Problem
 from shardsum.scores import Scores
 
 from .. import dense
@@ -107,6 +108,17 @@ def test_ends_beyond_the_keys_mean_the_last_and_the_first_key() -> None:
             found, attention_backward(out, lse, lse, q, k, v, lo * 0, hi * 0 + 21, **given), strict=True
         ):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("heads_last", [False, True])
+@pytest.mark.parametrize("length", [1, 40])
+def test_views_of_any_order_are_read_where_they_lie(heads_last: bool, length: int) -> None:
+    shape = (2, length, 6, 16) if heads_last else (2, 6, length, 16)
+    whole = torch.randn(*shape)[..., 3:11]
+    q = k = v = whole.transpose(1, 2) if heads_last else whole
+    bounds = torch.zeros(1, length).long()
+    told, _ = call(Problem.of(q, k, v), q, k, v, bounds, bounds + 1, Options(1.0))
+    assert told[3:6] == ((q.data_ptr(), *q.stride()[:3]),) * 3
 
 
 def test_on_meta_only_shapes_are_made() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -20,6 +21,8 @@ from .generation import demo, generate
 from .verify import verify
 
 FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
+# A launcher ends all ranks as soon as one fails: those that are silent leave the first one so long to say why.
+SILENT_SECONDS = 5.0
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -27,7 +30,7 @@ FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
 def group() -> None:
     """Exact attention over keys and values that live on many machines, as one weighted sum.
 
-    Every command starts its own ranks on this machine, or runs as one rank under mpiexec or torchrun:
+    Every command but bench starts its own ranks on this machine, or runs as one rank under mpiexec or torchrun:
 
     \b
       shardsum demo -n 2
@@ -46,6 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         status = group.main(arguments, prog_name="shardsum", standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):
         _leave("interrupted", INTERRUPTED)
+    except click.exceptions.NoArgsIsHelpError as error:
+        if is_first_rank():
+            error.show()  # the whole help, as it is
+        sys.exit(BAD_USAGE)
     except click.ClickException as error:
         _leave(error.format_message(), BAD_USAGE)
     except RankLost as error:
@@ -53,7 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (ValueError, OSError, ImportError) as error:
         _leave(str(error), BAD_USAGE)
     except Exception:
-        traceback.print_exc()
         _end_other_ranks()
         raise
     sys.exit(status if isinstance(status, int) else 0)
@@ -62,10 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _leave(message: str, status: int) -> NoReturn:
     if is_first_rank():
         click.echo(f"shardsum: {' '.join(message.split())}", err=True)
+    else:
+        time.sleep(SILENT_SECONDS)
     sys.exit(status)
 
 
 def _end_other_ranks() -> None:
     """Under mpiexec an exception in one rank leaves the others waiting; torchrun ends them by itself."""
     if "mpi4py.MPI" in sys.modules:
+        traceback.print_exc()
         sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(FAILED)

@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 import torch
-from rich.console import Console
 
 from ..attention import attention
 from ..comm import Communicator, agree
@@ -19,7 +18,7 @@ from ..sharding import check_weighted, unshard, weighted_sum
 from ..strategies import STRATEGIES
 from ..tree import unit
 from .arrays import check_output, open_array, part, save
-from .common import on_ranks, pair, print_json, rank_options
+from .common import busy, on_ranks, pair, print_json, rank_options
 
 RANKS = 2
 
@@ -66,7 +65,7 @@ def attend(ranks: int | None, transport: str | None, as_json: bool, output: str,
                 f"--cu-seqlens must be whole numbers, as in 0,5,9: got {options['cu_seqlens']!r}."
             ) from None
     work = sum_on_rank if options["weights"] else attend_on_rank
-    with Console(stderr=True).status("reading and summing"):
+    with busy("reading and summing"):
         report = on_ranks(work, ranks, transport, options, output, default_ranks=RANKS)
     if report is None:
         return

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from rich.table import Table
 
 from ..bench import collectives as collectives_bench
 from ..bench import kernels as kernels_bench
-from .common import console, progress
+from .common import console, launchers_rank, progress
+
+Row = TypeVar("Row")
 
 
 @click.group()
 def bench() -> None:
     """Measure this machine: ratios of sides that alternate in one run. It should be otherwise idle."""
+    if launchers_rank() is not None:
+        raise click.UsageError(
+            "bench measures the whole machine, with ranks of its own: run it without a launcher."
+        )
 
 
 @bench.command()
@@ -36,13 +43,9 @@ def kernels(repetitions: int, only: str, as_json: bool, write: Path | None) -> N
     chosen = [work for work in kernels_bench.WORK if only in work.name]
     if not chosen:
         raise click.UsageError(f"--only {only!r} names none of: {', '.join(w.name for w in kernels_bench.WORK)}.")
-    lines = []
-    with progress() as bar:
-        for work in bar.track(chosen, description="kernels"):
-            lines.append(kernels_bench.measure(work, repetitions))
-            if as_json:
-                click.echo(json.dumps(lines[-1]))
-    _finish(lines, as_json, write, _table)
+    lines = _measured("kernels", chosen, lambda work: kernels_bench.measure(work, repetitions), as_json, write)
+    if not as_json:
+        console().print(_table(lines))
 
 
 @bench.command()
@@ -81,23 +84,28 @@ def collectives(
         if collectives_bench.state_bytes(queries) <= 1.05 * largest
     ]
     rows = list(itertools.product(ranks, transport, sizes))
-    lines = []
-    with progress() as bar:
-        for row in bar.track(rows, description="collectives"):
-            lines.append(collectives_bench.measure(*row, repetitions))
-            if as_json:
-                click.echo(json.dumps(lines[-1]))
-    _finish(lines, as_json, write, _collectives_table)
-
-
-def _finish(
-    lines: list[dict[str, Any]], as_json: bool, write: Path | None, table: Callable[[list[dict[str, Any]]], Table]
-) -> None:
-    if write is not None:
-        with write.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+    lines = _measured(
+        "collectives", rows, lambda row: collectives_bench.measure(*row, repetitions), as_json, write
+    )
     if not as_json:
-        console().print(table(lines))
+        console().print(_collectives_table(lines))
+
+
+def _measured(
+    what: str, rows: Sequence[Row], measure: Callable[[Row], dict[str, Any]], as_json: bool, write: Path | None
+) -> list[dict[str, Any]]:
+    """A line of each row; printed and written as soon as it is there, so that an end on the way loses none."""
+    lines = []
+    with write.open("a") if write else nullcontext() as file, progress() as bar:
+        for row in bar.track(rows, description=what):
+            lines.append(measure(row))
+            text = json.dumps(lines[-1])
+            if file is not None:
+                file.write(f"{text}\n")
+                file.flush()
+            if as_json:
+                click.echo(text)
+    return lines
 
 
 def _collectives_table(lines: list[dict[str, Any]]) -> Table:

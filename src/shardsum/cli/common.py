@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import click
@@ -76,6 +77,12 @@ def is_first_rank() -> bool:
     """Whether this process is the one that speaks: rank 0, or not under a launcher."""
     names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "RANK")
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
+def busy(what: str) -> AbstractContextManager[object]:
+    """A sign on standard error that something goes on; nothing unless that is a terminal, and of rank 0 alone."""
+    shown = is_first_rank() and sys.stderr.isatty()
+    return Console(stderr=True).status(what) if shown else nullcontext()
 
 
 def print_json(result: Any) -> None:

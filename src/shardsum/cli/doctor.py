@@ -15,8 +15,8 @@ from rich.table import Table
 from .. import __version__
 from ..comm.connect import mpi_installed
 from ..comm.processes import find_mpiexec, reports_lost_ranks
-from ..kernels import as_kernel, instruction_sets, why_not_native
-from .common import console, print_json
+from ..kernels import chosen, instruction_sets, why_not_native
+from .common import console, is_first_rank, print_json
 
 
 @click.command()
@@ -28,6 +28,8 @@ def doctor(as_json: bool) -> None:
     Example:
       shardsum doctor
     """
+    if not is_first_rank():
+        return
     found = examine()
     if as_json:
         print_json(found)
@@ -47,7 +49,7 @@ def examine() -> dict[str, Any]:
         "torch": torch.__version__,
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
-        "kernel_on_cpu": as_kernel("auto").name,
+        "kernel_on_cpu": chosen(),
         "native_kernels": why_not_native() or "built",
         "instruction_sets": instruction_sets(),
         "kernel_on_cuda": "aten" if cuda else "no CUDA device",

@@ -12,12 +12,11 @@ from typing import Any
 
 import click
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..comm import Communicator, agree, connect
-from .common import console, launchers_rank, on_ranks, print_json, progress, rank_options
+from .common import busy, console, launchers_rank, on_ranks, print_json, progress, rank_options
 from .digests import digest
 from .text import text_and_question
 
@@ -100,6 +99,17 @@ def _packaged_model() -> Path:
 
 
 def _read(name: str) -> str:
+    """The text in a file, once every rank of a launcher has read it; its ValueError otherwise, on each."""
+    text, error = "", None
+    try:
+        text = _text(name)
+    except ValueError as mistake:
+        error = mistake
+    agree(connect(deadline=DEADLINE_SECONDS), {"call": "read"}, error=error)
+    return text
+
+
+def _text(name: str) -> str:
     try:
         text = Path(name).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -114,7 +124,7 @@ def _read(name: str) -> str:
 def _compare(job: dict[str, Any], ranks: int | None, transport: str | None, as_json: bool) -> int | None:
     alone = None
     if job["alone"] and launchers_rank(DEADLINE_SECONDS) is None:
-        with Console(stderr=True).status("loading the model"):
+        with busy("loading the model"):
             prepared = _prepare(job)
         alone = _run_alone(*prepared, job)
         del prepared  # the ranks need the memory

@@ -91,7 +91,10 @@ def as_communicator(comm: object) -> Communicator:
 
 def mpi_installed() -> bool:
     """Whether mpi4py is there; importing it would start MPI."""
-    return importlib.util.find_spec("mpi4py") is not None
+    try:
+        return importlib.util.find_spec("mpi4py") is not None
+    except (ImportError, ValueError):  # it is kept from being imported
+        return False
 
 
 def _found() -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 from torch import Tensor
 
 from ..errors import Unsupported
@@ -30,6 +33,7 @@ __all__ = [
     "OutputGradient",
     "ReferenceKernel",
     "as_kernel",
+    "chosen",
     "instruction_sets",
     "merge_alike",
     "pack",
@@ -45,13 +49,28 @@ def that_run_here() -> list[str]:
     return [name for name in KERNELS if name != NativeKernel.name or why_not_native() is None]
 
 
+def chosen(q: Tensor | None = None, v: Tensor | None = None) -> str:
+    """The name of the kernel that "auto" is: `native` where it can take q and v, else `aten`."""
+    return "native" if why_not_native(q, v) is None else "aten"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
 def as_kernel(kernel: str | Kernel, q: Tensor | None = None, v: Tensor | None = None) -> Kernel:
-    """The kernel itself, or a new one of that name; "auto" is `native` where it can take q and v, else `aten`."""
+    """The kernel itself, or a new one of that name; "auto" is what `chosen` says.
+
+    It warns, once, where "auto" is the slower kernel because the package was built without the other.
+    """
     if isinstance(kernel, Kernel):
         return kernel
     name = kernel
     if kernel == "auto":
-        name = "native" if why_not_native(q, v) is None else "aten"
+        name, missing = chosen(q, v), why_not_native()
+        if missing is not None:
+            _warn_once(f"{missing} kernel='auto' is {name!r}; asked for by name it says nothing.")
     if name not in KERNELS:
         raise Unsupported(f"kernel must be auto, {', '.join(sorted(KERNELS))}: got {kernel!r}.")
     return KERNELS[name]()
