@@ -34,8 +34,6 @@ template <typename T> struct Product {
     int64_t c_row;
     int64_t rows, columns, inner;  // multiples of ROW_STEP<T>, of a vector, of INNER_STEP<T>
     bool add;                      // to C; or else C is overwritten
-    const char* ahead = nullptr;   // memory that is asked for meanwhile: `ahead_bytes` of each of `inner` rows
-    int64_t ahead_row = 0, ahead_bytes = 0;
 };
 
 template <typename T> inline Vector<T> left(const T* p) { return broadcast(*p); }
@@ -69,15 +67,12 @@ template <typename T, int ROWS, int VECTORS> inline void multiply_tile(const Pro
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; j++) sum[i][j] = Vector<C>{};
-    const char* ahead = p.ahead;
-    for (int64_t k = 0; k < p.inner; k++, a += p.a_inner, b += p.b_row, ahead += p.ahead_row) {
-        for (int64_t byte = 0; byte < p.ahead_bytes; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
+    for (int64_t k = 0; k < p.inner; k++, a += p.a_inner, b += p.b_row)
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
             for (int j = 0; j < VECTORS; j++)
                 sum[i][j] = multiply_add(left(a + i * p.a_row), right(b + j * lanes<C>), sum[i][j]);
-    }
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4

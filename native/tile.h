@@ -9,6 +9,7 @@
 #include <iterator>
 #include <utility>
 
+#include "in_place.h"
 #include "matrix.h"
 #include "pack.h"
 #include "scores.h"
@@ -133,9 +134,9 @@ private:
     template <typename After> void block(int64_t key, int64_t size, After after) {
         std::fill(keys_packed, std::end(keys_packed), false);
         std::fill(values_packed, std::end(values_packed), false);
-        if (const int64_t more = std::min(KEYS<P>, a.kv_len - key - KEYS<P>); more > 0) {
-            ask_for_pages(row_of<E>(a.k, t.sequence, t.kv_head, key + KEYS<P>), more, a.k.row);
-            ask_for_pages(row_of<E>(a.v, t.sequence, t.kv_head, key + KEYS<P>), more, a.v.row);
+        if (const int64_t more = std::min(KEYS<P>, a.kv_len - key - 2 * KEYS<P>); more > 0) {
+            ask_for_pages(row_of<E>(a.k, t.sequence, t.kv_head, key + 2 * KEYS<P>), more, a.k.row);
+            ask_for_pages(row_of<E>(a.v, t.sequence, t.kv_head, key + 2 * KEYS<P>), more, a.v.row);
         }
         for (int64_t r = 0; r < rows; r += STRIP<P>) {
             if (!strips[r / STRIP<P>].misses(key, size)) strip(r, key, size);
@@ -193,6 +194,7 @@ private:
         int64_t end = padded(std::min(span.end - key, size), KEY_STEP);
         int64_t count = strip_rows(r), padded_count = padded(count, ROW_STEP<P>);
         for (int64_t j = begin / PANEL<P> * PANEL<P>; j < end; j += PANEL<P>) {
+            if (multiply_keys_in_place(r, key, size, j, std::min(j + PANEL<P>, end))) continue;
             pack_keys(key, size, j);
             multiply<P>({q + r * inner, inner, 1, k + j * inner, PANEL<P>, scores + j, KEYS<P>, padded_count,
                          std::min(int64_t(PANEL<P>), end - j), inner, false});
@@ -201,8 +203,8 @@ private:
             for (int64_t i = 0; i < count; i++) weigh<false>(r + i, key, {0, size}, product_factor<T>(a), scores + i * KEYS<P>);
         else
             for (int64_t i = 0; i < count; i++) mask_and_weigh(r + i, key, size, {begin, end}, scores + i * KEYS<P>);
+        if (add_values_in_place(r, key, size, begin, end)) return;
         for (int64_t c = 0; c < v_width; c += PANEL<P>) {
-            if (add_values_in_place(r, key, size, begin, end, c)) continue;
             pack_values(key, size, c);
             multiply<P>({reinterpret_cast<P*>(scores) + begin / PER, KEYS<P>, 1, values(begin, c), PANEL<P>,
                          sum + r * v_width + c, v_width, padded_count, std::min(int64_t(PANEL<P>), v_width - c),
@@ -212,28 +214,33 @@ private:
         }
     }
 
-    // The same for few rows, without packing what is read only once. False where it must be packed: it is of another
-    // type, does not fill vectors, or is not finite, which the products show.
-    bool add_values_in_place(int64_t r, int64_t key, int64_t size, int64_t begin, int64_t end, int64_t c) {
-        if constexpr (std::is_same_v<E, P>) {
-            const int64_t columns = std::min(int64_t(PANEL<P>), a.v_dim - c);
-            if (rows > TILE_ROWS || end > size || columns % lanes<T> != 0) return false;
-            const E* from = row_of<E>(a.v, t.sequence, t.kv_head, key + begin) + c;
-            const bool more = key + begin + KEYS<P> + end - begin <= a.kv_len;
-            T fresh[TILE_ROWS * PANEL<P>];
-            multiply<P>({scores + begin, KEYS<P>, 1, from, a.v.row, fresh, PANEL<P>, rows, columns, end - begin, false,
-                         reinterpret_cast<const char*>(from + KEYS<P> * a.v.row), a.v.row * int64_t(sizeof(E)),
-                         more ? columns * int64_t(sizeof(E)) : 0});
-            for (int64_t i = 0; i < rows; i++)
-                if (!packed_finite(fresh + i * PANEL<P>, columns)) return false;
-            for (int64_t i = 0; i < rows; i++)
-                for (int64_t j = 0; j < columns; j += lanes<T>) {
-                    T* to = sum + (r + i) * v_width + c + j;
-                    store_vector(to, load(to) + load(fresh + i * PANEL<P> + j));
-                }
-            return true;
-        }
-        return false;
+    // Whether few rows meet whole vectors: then what is read only once is not packed.
+    bool is_in_place(int64_t size, int64_t end, int64_t elements) const {
+        return ROW_STEP<P> == 1 && rows <= TILE_ROWS && end <= size && elements % ELEMENTS_AT_ONCE<P> == 0;
+    }
+
+    bool multiply_keys_in_place(int64_t r, int64_t key, int64_t size, int64_t begin, int64_t end) {
+        if (!is_in_place(size, end, a.head_dim)) return false;
+        const RowsInMemory<E> keys{row_of<E>(a.k, t.sequence, t.kv_head, key + begin), a.k.row, KEYS<P> * a.k.row};
+        with_rows(rows, [&](auto count) {
+            multiply_keys<count()>(q + r * inner, inner, keys, end - begin, a.head_dim, scores + begin, KEYS<P>);
+        });
+        return true;
+    }
+
+    // False where values must be packed, also where they are not finite, which the products show.
+    bool add_values_in_place(int64_t r, int64_t key, int64_t size, int64_t begin, int64_t end) {
+        if (!is_in_place(size, end, a.v_dim)) return false;
+        const RowsInMemory<E> values{row_of<E>(a.v, t.sequence, t.kv_head, key + begin), a.v.row, KEYS<P> * a.v.row};
+        alignas(64) T fresh[TILE_ROWS * LARGEST_DIM];
+        std::fill(fresh, fresh + rows * v_width, T(0));
+        with_rows(rows, [&](auto count) {
+            add_values_of_rows<count()>(reinterpret_cast<P*>(scores) + begin / PER, KEYS<P>, values, end - begin, a.v_dim, fresh, v_width);
+        });
+        if (!packed_finite(fresh, rows * v_width)) return false;
+        for (int64_t i = 0; i < rows * v_width; i += lanes<T>)
+            store_vector(sum + r * v_width + i, load(sum + r * v_width + i) + load(fresh + i));
+        return true;
     }
 
     // To the rows that see it, what key j of the block holds in one panel of columns.
