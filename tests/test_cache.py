@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shardsum import KVCache, Layout, Mismatch, Unsupported, connect, launch, shard
+from shardsum.attend import Prepared
 from shardsum.comm import Communicator
 
 from . import dense
@@ -256,3 +258,120 @@ def test_positions_that_no_sequence_has_any_more_may_lie_elsewhere() -> None:
         expect(None, cache.attend(0, q[:, :, 8:]), q[:, :, 8:], *held)
 
     launch(run, ranks=2, transport="threads")
+
+
+class Told:
+    """The keys and values of each sequence of each layer, as they were given to a cache."""
+
+    def __init__(self, layers: int) -> None:
+        nothing = [(torch.empty(KV_HEADS, 0, HEAD_DIM), torch.empty(KV_HEADS, 0, V_DIM)) for _ in range(BATCH)]
+        self.held = [list(nothing) for _ in range(layers)]
+
+    def append(self, layer: int, k: Tensor, v: Tensor, lengths: list[int]) -> None:
+        rows = zip(self.held[layer], k, v, lengths, strict=True)
+        self.held[layer] = [
+            (torch.cat([old_k, new_k[:, :n]], 1), torch.cat([old_v, new_v[:, :n]], 1))
+            for (old_k, old_v), new_k, new_v, n in rows
+        ]
+
+    def crop(self, length: int) -> None:
+        self.held = [[(k[:, :length], v[:, :length]) for k, v in rows] for rows in self.held]
+
+    def reorder(self, order: list[int]) -> None:
+        self.held = [[rows[sequence] for sequence in order] for rows in self.held]
+
+
+def attended_after_every_change(comm: Communicator, seed: int) -> None:
+    """Random changes of a cache, each followed by the same calls of `attend`: nothing is remembered too long."""
+    draw, layers = random.Random(seed), 3
+    cache, told = new_cache(comm, layers), Told(layers)
+    q, k, v = tokens(400, seed)
+    start = torch.zeros(BATCH, dtype=torch.int64)
+    at = 0
+
+    def check(layer: int, q_len: int) -> None:
+        queries = q[:, :, at : at + q_len]
+        start[at % BATCH] = draw.randrange(3)  # in place: the same tensor, but another padding
+        range_of_row = [(int(first), 99) for first in start]
+        masks: list[tuple[dict[str, Any], Any]] = [
+            ({}, lambda row: {}),
+            ({"window": (2, 0)}, lambda row: {"window": (2, 0)}),
+            (
+                {"key_range": (start, [99] * BATCH)},
+                lambda row: {"key_range": tuple([x] for x in range_of_row[row])},
+            ),
+        ]
+        for given, mask in masks:
+            for replicated in (True, False):
+                rows = queries if replicated else shard(queries, comm=comm)
+                positions = slice(None) if replicated else as_positions("contiguous", q_len, comm)
+                out = cache.attend(layer, rows, q_replicated=replicated, **given)
+                for row, (row_k, row_v) in enumerate(told.held[layer]):
+                    one = slice(row, row + 1)
+                    expect(None, out[one], queries[one], row_k[None], row_v[None], positions, **mask(row))
+
+    for _ in range(12):
+        kind = draw.choice(["one", "some", "sharded", "crop", "reorder", "reset"])
+        even = len({x[0].shape[1] for rows in told.held for x in rows}) == 1
+        new = 1 if kind == "one" else draw.randint(1, 5)
+        lengths = [draw.randint(1, new) for _ in range(BATCH)] if kind == "some" else [new] * BATCH
+        if kind == "crop" and len(cache):
+            length = draw.randint(1, len(cache))
+            cache.crop(length)
+            told.crop(length)
+        elif kind == "reorder" and len(cache):
+            order = [draw.randrange(BATCH) for _ in range(BATCH)]
+            cache.reorder(order)
+            told.reorder(order)
+        elif kind == "reset":
+            cache.reset()
+            told = Told(layers)
+        for layer in range(layers):
+            new_k, new_v = (x[:, :, at : at + new] for x in (k, v))
+            if kind == "sharded" and even:
+                parts = (shard(x, comm=comm, layout="zigzag") for x in (new_k, new_v))
+                cache.append(layer, *parts, layout="zigzag")
+            else:
+                cache.append(layer, new_k, new_v, lengths=lengths if kind == "some" else None)
+            told.append(layer, new_k, new_v, lengths)
+            check(layer, 1)
+            check(draw.randrange(layer + 1), 2)
+        at += new
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("size", [1, 3])
+def test_nothing_is_remembered_too_long(size: int, seed: int) -> None:
+    launch(attended_after_every_change, ranks=size, transport="threads", args=(seed,), deadline=10.0)
+
+
+def test_the_layers_of_a_step_share_what_they_have_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Prepared] = []
+
+    def counted(*arguments: Any) -> Prepared:
+        made.append(Prepared(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr("shardsum.cache.Prepared", counted)
+    q, k, v = tokens(20)
+    cache = new_cache(connect("single"), layers=3)
+    for step in range(20):
+        for layer in range(3):
+            cache.append(layer, *(x[:, :, step : step + 1] for x in (k, v)))
+            cache.attend(layer, q[:, :, step : step + 1], window=(5, 0))
+            # Equal to another, but not alike: refused, whatever was kept.
+            with pytest.raises(ValueError, match="window must be"):
+                cache.attend(layer, q[:, :, step : step + 1], window=(5.0, 0))  # type: ignore[arg-type]
+    assert len(made) == 20
+
+
+def test_a_call_with_gradients_is_another() -> None:
+    q, k, v = tokens(3)
+    cache = new_cache(connect("single"))
+    cache.append(0, k, v)
+    with torch.no_grad():
+        cache.attend(0, q.requires_grad_())
+    assert not cache.attend(0, q.detach()).requires_grad
+    cache.attend(0, q).sum().backward()
+    assert q.grad is not None
+    assert float(q.grad.abs().sum()) > 0

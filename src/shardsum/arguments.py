@@ -56,7 +56,7 @@ class Arguments:
     kv_len: int | None = None
     reproducible: bool = False
     return_bound: bool = False
-    lengths: Tensor | None = None  # of a cache: how many keys each sequence has; its queries end there
+    lengths: tuple[int, ...] | None = None  # of a cache: how many keys each sequence has; its queries end there
     reordered: int = 0  # of a cache: a digest of how its sequences were reordered
 
     def describe(self, problem: Problem) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class Arguments:
             "kv_len": None if self.kv_len is None else whole("kv_len", self.kv_len),
             "reproducible": unit(self.reproducible) > 1,
             "return_bound": bool(self.return_bound),
-            "lengths": listed("lengths", self.lengths),
+            "lengths": self.lengths,
             "reordered": self.reordered,
         }
 
@@ -172,9 +172,10 @@ class Arguments:
             key_range = (start, end)
         q_start = None if self.q_start is None else _per_sequence("q_start", self.q_start, batch)
         if self.lengths is not None:
-            start, end = (torch.zeros_like(self.lengths), self.lengths) if key_range is None else key_range
-            key_range = (start, torch.minimum(end, self.lengths))
-            q_start = self.lengths - q_len
+            lengths = torch.tensor(self.lengths)
+            start, end = (torch.zeros_like(lengths), lengths) if key_range is None else key_range
+            key_range = (start, torch.minimum(end, lengths))
+            q_start = lengths - q_len
         return Mask(
             q_len=q_len,
             kv_len=kv_len,

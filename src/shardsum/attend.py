@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .arguments import Arguments
 from .collectives import as_collective
-from .comm import Communicator, agree, agree_on
+from .comm import Communicator, Description, agree
 from .errors import Unsupported
 from .kernels import OutputGradient, as_kernel
 from .layouts import Placement, as_layout
@@ -20,112 +22,138 @@ from .problem import Problem, state_dtype
 from .quantized import Quantized
 from .scores import Scores
 from .state import AttentionState, merge
-from .strategies import Call, Strategy, as_strategy, choose
+from .strategies import Call, Found, Strategy, as_strategy, choose
 from .tree import unit
 
 
 def attend(
-    comm: Communicator,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    arguments: Arguments,
-    keys: Placement | None = None,
-    name: str = "attention",
-    scales: tuple[Tensor, Tensor] | None = None,
+    comm: Communicator, q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, name: str = "attention"
 ) -> AttentionState:
-    """The state of this rank's query rows: what `attention` and `KVCache.attend` have in common.
+    """The state of this rank's query rows over keys that lie as the layout says.
 
-    `keys` says where the keys lie; by default the layout does. `name` is that of the call, alike on every rank.
-    `scales` (batch, kv_heads, kv_len): those of k and of v that are int8; keys that travel do so in q's dtype.
+    `name` is that of the call, alike on every rank.
     """
-    inputs = [x for x in (q, k, v, arguments.sinks, arguments.bias, arguments.scale) if isinstance(x, Tensor)]
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    try:
+        prepared = Prepared(comm, q, k, v, arguments)
+    except Exception as mistake:
+        agree(comm, {}, error=mistake)
+        raise
+    return prepared.attend(q, k, v, name)
 
-    def describe() -> dict[str, Any]:
-        problem = Problem.of(q, k, v, quantized=scales is not None)
-        if differentiable and scales is not None:
+
+class Prepared:
+    """A call of attention but for its tensors: what calls that differ in these alone need to find out once.
+
+    `keys` says where the keys lie; by default the layout does. `quantized`: k and v are int8.
+    Raises: what is wrong with the call, as far as one rank alone can say; the others wait to be told in `agree`.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        arguments: Arguments,
+        keys: Placement | None = None,
+        quantized: bool = False,
+    ) -> None:
+        self._comm, self._arguments, self._keys = comm, arguments, keys
+        problem = Problem.of(q, k, v, quantized=quantized)
+        self._batch, self._differentiable = problem.batch, differentiable(q, k, v, arguments)
+        if self._differentiable and quantized:
             raise Unsupported("int8 keys have no gradients. Call under torch.no_grad(), or with quantize=None.")
         sizes = {name: getattr(problem, name) for name in ("batch", "q_heads", "kv_heads", "head_dim", "v_dim")}
-        described = arguments.describe(problem)
-        device = q.device.type
-        return {
-            "call": name,
+        self._kernel = as_kernel(arguments.kernel, q, v)
+        described = {
             **sizes,
             "dtype": str(q.dtype),
-            "device": device,
-            "kernel": as_kernel(arguments.kernel, q, v).name,
-            "gradients": differentiable,
-            "quantized": scales is not None,
-            **described,
+            "device": q.device.type,
+            "kernel": self._kernel.name,
+            "gradients": self._differentiable,
+            "quantized": quantized,
+            **arguments.describe(problem),
         }
+        self._description = Description.of(described)
+        # The call over tensors, for the lengths that the ranks agreed on last.
+        self._lengths: list[tuple[int, int]] = []
+        self._call_over: Callable[..., Call] | None = None
 
-    lengths = agree_on(comm, describe, q, k)
-    strategy = as_strategy(arguments.strategy)
-    stay = arguments.q_replicated and (strategy is None or strategy.keys_stay) and not arguments.reproducible
-    if scales is not None and not stay:
-        k, v = (Quantized(x, of_x).dequantized(q.dtype) for x, of_x in zip((k, v), scales, strict=True))
-        scales = None
-    call = _call(comm, q, k, v, arguments, keys, lengths, scales, f"rank {comm.rank}, call {comm.calls}, {name}")
-    strategy = strategy or choose(call)
-    if differentiable:
-        results = _Attend.apply(call.q, k, v, arguments.sinks, arguments.bias, call, strategy)  # type: ignore[no-untyped-call]
-        return AttentionState(*results)
-    return _with_sinks(strategy.forward(call), arguments.sinks)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, name: str, scales: tuple[Tensor, Tensor] | None = None
+    ) -> AttentionState:
+        """The state of this rank's query rows. The tensors are as those that this was made for.
+
+        `name` is that of the call, alike on every rank. `scales` (batch, kv_heads, kv_len): those of k and of v
+        that are int8; keys that travel do so in q's dtype.
+        """
+        comm, arguments = self._comm, self._arguments
+        lengths = agree(comm, self._description.called(name), q.shape[2], k.shape[2])
+        strategy = as_strategy(arguments.strategy)
+        stay = arguments.q_replicated and (strategy is None or strategy.keys_stay) and not arguments.reproducible
+        if scales is not None and not stay:
+            k, v = (Quantized(x, of_x).dequantized(q.dtype) for x, of_x in zip((k, v), scales, strict=True))
+            scales = None
+        if self._call_over is None or self._lengths != lengths:
+            self._lengths, self._call_over = lengths, self._agreed(lengths)
+        if isinstance(arguments.scale, Tensor):
+            q = scaled(q, arguments.scale)
+        scores = self._scores(q)
+        call = self._call_over(
+            q=q, k=k, v=v, scores=scores, scales=scales, name=f"rank {comm.rank}, call {comm.calls}, {name}"
+        )
+        strategy = strategy or choose(call)
+        if self._differentiable:
+            results = _Attend.apply(q, k, v, arguments.sinks, arguments.bias, call, strategy)  # type: ignore[no-untyped-call]
+            return AttentionState(*results)
+        return _with_sinks(strategy.forward(call), arguments.sinks)
+
+    def _agreed(self, lengths: list[tuple[int, int]]) -> Callable[..., Call]:
+        """The call as this rank sees it, once all ranks have agreed. Raises: what every rank raises alike."""
+        arguments, q_lens, kv_lens = self._arguments, *map(list, zip(*lengths, strict=True))
+        layout, together = as_layout(arguments.layout), unit(arguments.reproducible)
+        keys = Placement.of(layout, kv_lens, "keys", together) if self._keys is None else self._keys
+        assert [len(positions) for positions in keys.positions] == kv_lens
+        if arguments.q_replicated:
+            queries, q_len = Placement.replicated(q_lens), q_lens[0]
+        else:
+            queries, q_len = Placement.of(layout, q_lens, "queries", together), sum(q_lens)
+        intervals = _intervals_of_all(self._comm, arguments, queries)
+        return partial(
+            Call,
+            comm=self._comm,
+            kernel=self._kernel,
+            mask=arguments.mask(q_len, keys.length, self._batch, intervals),
+            queries=queries,
+            keys=keys,
+            q_replicated=arguments.q_replicated,
+            collective=as_collective(arguments.collective),
+            reproducible=arguments.reproducible,
+            found=Found(),
+        )
+
+    def _scores(self, q: Tensor) -> Scores:
+        arguments = self._arguments
+        scale: float | Tensor | None = arguments.scale
+        if isinstance(scale, Tensor):
+            scale = 1.0  # it is in q already
+        elif scale is None:
+            scale = 1.0 / math.sqrt(q.shape[3])
+        slopes = arguments.slopes(q.dtype)
+        return Scores(
+            scale=float(scale),
+            softcap=arguments.softcap,
+            alibi_slopes=None if slopes is None else slopes.detach().to(q.device),
+            bias=arguments.bias,
+            dropout_p=arguments.dropout_p,
+            seed=_seed(self._comm, arguments) if arguments.dropout_p else 0,
+        )
 
 
-def _call(
-    comm: Communicator,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    arguments: Arguments,
-    keys: Placement | None,
-    lengths: list[tuple[int, int]],
-    scales: tuple[Tensor, Tensor] | None,
-    name: str,
-) -> Call:
-    """The call as this rank sees it, once all ranks have agreed. Raises: what every rank raises alike."""
-    q_lens, kv_lens = [q_len for q_len, _ in lengths], [kv_len for _, kv_len in lengths]
-    layout = as_layout(arguments.layout)
-    together = unit(arguments.reproducible)
-    keys = Placement.of(layout, kv_lens, "keys", together) if keys is None else keys
-    assert [len(positions) for positions in keys.positions] == kv_lens
-    if arguments.q_replicated:
-        queries = Placement.replicated(q_lens)
-    else:
-        queries = Placement.of(layout, q_lens, "queries", together)
-    q_len = q_lens[0] if arguments.q_replicated else queries.length
-    mask = arguments.mask(q_len, keys.length, q.shape[0], _intervals_of_all(comm, arguments, queries))
-    scale = 1.0 / math.sqrt(q.shape[3]) if arguments.scale is None and q.shape[3] else arguments.scale
-    if isinstance(scale, Tensor):
-        q, scale = scaled(q, scale), 1.0
-    slopes = arguments.slopes(q.dtype)
-    scores = Scores(
-        scale=float(scale or 0.0),
-        softcap=arguments.softcap,
-        alibi_slopes=None if slopes is None else slopes.detach().to(q.device),
-        bias=arguments.bias,
-        dropout_p=arguments.dropout_p,
-        seed=_seed(comm, arguments) if arguments.dropout_p else 0,
-    )
-    kernel, by = as_kernel(arguments.kernel, q, v), as_collective(arguments.collective)
-    return Call(
-        comm,
-        kernel,
-        q,
-        k,
-        v,
-        mask,
-        queries,
-        keys,
-        scores,
-        arguments.q_replicated,
-        by,
-        scales,
-        name,
-        reproducible=arguments.reproducible,
-    )
+def differentiable(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments) -> bool:
+    """Whether a call has a backward."""
+    inputs = (q, k, v, arguments.sinks, arguments.bias, arguments.scale)
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
 def scaled(q: Tensor, scale: Tensor) -> Tensor:

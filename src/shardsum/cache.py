@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import zlib
 from typing import Any
 
@@ -10,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .arguments import Arguments, Indices, indices_of, listed, whole
-from .attend import attend
+from .attend import Prepared
 from .comm import Communicator, agree, agree_on, as_communicator
 from .errors import Unsupported
 from .layouts import Layout, Placement, as_layout
@@ -19,6 +20,8 @@ from .storage import LayerStorage
 from .tree import unit
 
 QUANTIZATIONS = (None, "int8")
+# How many kinds of calls are kept for the next layer: more than models have kinds of layers.
+KEPT_CALLS = 8
 
 
 class KVCache:
@@ -74,6 +77,7 @@ class KVCache:
         self._owners = torch.empty(0, dtype=torch.int64)
         self._placement: Placement | None = None
         self._reordered = 0  # a digest of the orders since then
+        self._kept: dict[tuple[object, ...], Prepared] = {}
         for layer in self._layers:
             layer.clear()
 
@@ -83,7 +87,7 @@ class KVCache:
 
     def lengths(self, layer: int) -> Int[Tensor, " batch"]:
         """The number of tokens of each sequence in one layer; empty before its first token."""
-        return self._layer(layer).lengths
+        return torch.tensor(self._layer(layer).lengths, dtype=torch.int64)
 
     @property
     def bytes_held(self) -> int:
@@ -111,27 +115,28 @@ class KVCache:
         """
         if layout is None:
             self._layer(layer).check(k, v)
-            index, new, owners = torch.arange(k.shape[2]), k.shape[2], None
+            new, owners = k.shape[2], None
         else:
             placement = self._agree_on_shards(layer, k, v, layout, lengths)
-            index, new, owners = placement.positions[self.comm.rank], placement.length, _owners(placement)
+            new, owners = placement.length, _owners(placement)
         store = self._layer(layer)
-        start = store.lengths if len(store.lengths) else torch.zeros(k.shape[0], dtype=torch.int64)
-        valid = torch.full_like(start, new) if lengths is None else _valid(lengths, len(start), new)
-        last = int((start + valid).max())
-        even = bool((start == start[0]).all())
-        self._assign(int(start[0]) if even else None, last, owners)
-        mine = self._place(last).positions[self.comm.rank]
+        start = store.lengths or (0,) * k.shape[0]
+        valid = (new,) * len(start) if lengths is None else _valid(lengths, len(start), new)
+        even = len(set(start)) == 1
+        ends = tuple(map(operator.add, start, valid))
+        self._assign(start[0] if even else None, max(ends), owners)
+        mine = self._place(max(ends)).positions[self.comm.rank]
         store.reserve(len(start), len(mine))
-        whole = [(slice(None), int(start[0]), int(valid.max()))]
-        single = [(slice(b, b + 1), int(start[b]), int(valid[b])) for b in range(len(start))]
+        whole = [(slice(None), start[0], max(valid))]
+        single = [(slice(b, b + 1), start[b], valid[b]) for b in range(len(start))]
         for row, base, count in whole if even else single:
-            valid_index = index[index < count]
-            here = (self._owners[base + valid_index] == self.comm.rank).nonzero().flatten()
-            slots = torch.searchsorted(mine, base + index[here])
-            here = here.to(k.device)
-            store.write(row, slots, k[row].index_select(2, here), v[row].index_select(2, here))
-        store.lengths = start + valid
+            # Slots are in the order of positions: those of new tokens follow each other.
+            first, last = (int(torch.searchsorted(mine, position)) for position in (base, base + count))
+            come: slice | Tensor = slice(last - first)
+            if layout is None and last - first < count:  # not all new tokens are this rank's
+                come = (mine[first:last] - base).to(k.device)
+            store.write(row, first, k[row, :, come], v[row, :, come])
+        store.lengths = ends
 
     def attend(
         self,
@@ -151,44 +156,47 @@ class KVCache:
         `reproducible` is the cache's), as are Numerics and Raises. In a batch whose sequences have different
         lengths, each sequence's queries end at its own length.
         """
+        given = {"causal": causal, "q_replicated": q_replicated, "layout": layout or "contiguous", **options}
         try:
-            arguments, placement, (k, v, scales) = self._of_layer(layer, q, layout, causal, q_replicated, options)
+            store = self._layer(layer)
+            placement = self._place(store.longest)
+            k, v, scales = store.read(q.shape[0], len(placement.positions[self.comm.rank]))
+            prepared = self._prepared(store, placement, q, k, v, given)
         except Exception as mistake:
             agree(self.comm, {}, error=mistake)
             raise
-        state = attend(self.comm, q, k, v, arguments, placement, f"KVCache.attend in layer {layer}", scales)
+        state = prepared.attend(q, k, v, f"KVCache.attend in layer {layer}", scales)
         return state if return_state else state.out.to(q.dtype)
 
-    def _of_layer(
-        self,
-        layer: int,
-        q: Tensor,
-        layout: str | Layout | None,
-        causal: bool,
-        q_replicated: bool,
-        options: dict[str, Any],
-    ) -> tuple[Arguments, Placement, tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]]:
-        """What to attend to in one layer: the arguments, where its keys lie, and what this rank holds of them."""
-        store = self._layer(layer)
-        arguments = Arguments(
-            layout="contiguous" if layout is None else layout,
-            causal=causal,
-            q_replicated=q_replicated,
-            **options,
-            reproducible=self._reproducible,
-            lengths=store.lengths if len(store.lengths) else torch.zeros(q.shape[0], dtype=torch.int64),
-            reordered=self._reordered,
-        )
-        placement = self._place(store.longest)
-        held = len(placement.positions[self.comm.rank])
-        return arguments, placement, store.read(q.shape[0], held)
+    def _prepared(
+        self, store: LayerStorage, placement: Placement, q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]
+    ) -> Prepared:
+        """The call but for its tensors, which is mostly what it was in the layer before.
+
+        It is kept under all that it is made of; where that is something that may change, it is not kept.
+        """
+        lengths = store.lengths or (0,) * q.shape[0]
+        key = None
+        if all(map(_tells_all, given.values())):
+            with_gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+            tensors = (q.shape, q.dtype, q.device, with_gradients)
+            key = (placement, lengths, self._reordered, tensors, repr(given))
+            if key in self._kept:
+                return self._kept[key]
+        arguments = Arguments(**given, reproducible=self._reproducible, lengths=lengths, reordered=self._reordered)
+        prepared = Prepared(self.comm, q, k, v, arguments, placement, store.quantized)
+        if key is not None:
+            if len(self._kept) == KEPT_CALLS:
+                self._kept.clear()
+            self._kept[key] = prepared
+        return prepared
 
     def crop(self, length: int) -> None:
         """Forget every sequence's tokens from position `length` on."""
         if whole("length", length) < 0:
             raise ValueError(f"length must be 0 or more: got {length}.")
         for layer in self._layers:
-            layer.lengths = layer.lengths.clamp(max=length)
+            layer.lengths = tuple(min(held, length) for held in layer.lengths)
         self._forget_owners()
 
     def reorder(self, sequences: Indices) -> None:
@@ -219,7 +227,7 @@ class KVCache:
     ) -> Placement:
         def describe() -> dict[str, Any]:
             self._layer(layer).check(k, v)
-            cached = self._layer(layer).lengths.tolist()
+            cached = self._layer(layer).lengths
             shape = [*k.shape[:2], k.shape[3], v.shape[3]]
             return {
                 "call": "append",
@@ -236,6 +244,8 @@ class KVCache:
     def _assign(self, base: int | None, last: int, owners: Tensor | None) -> None:
         """Give the positions before `last` that lie nowhere yet to ranks: sharded from `base`, or in turn."""
         known = len(self._owners)
+        if owners is None and last <= known:
+            return
         if owners is None:
             new = self._in_turn(known, last)
         else:
@@ -257,7 +267,7 @@ class KVCache:
 
     def _in_turn(self, first: int, last: int) -> Tensor:
         """The ranks of positions that come one by one: unit after unit; one that has begun goes on where it is."""
-        new = torch.arange(first, max(first, last)) // self._unit % self.comm.size
+        new = torch.arange(first, last) // self._unit % self.comm.size
         begun = -first % self._unit
         if begun:
             new[:begun] = self._owners[-1]
@@ -280,12 +290,19 @@ def _owners(placement: Placement) -> Tensor:
     return owners
 
 
-def _valid(lengths: Indices, batch: int, new: int) -> Tensor:
+def _valid(lengths: Indices, batch: int, new: int) -> tuple[int, ...]:
     valid = indices_of("lengths", lengths)
     if valid is None or valid.shape != (batch,) or not _all_in(valid, 0, new):
         raise ValueError(f"lengths must be ({batch},), each from 0 to {new} new tokens: got {lengths}.")
-    return valid
+    return tuple(valid.tolist())
 
 
 def _all_in(numbers: Tensor, least: int, most: int) -> bool:
     return bool(((numbers >= least) & (numbers <= most)).all())
+
+
+def _tells_all(value: object) -> bool:
+    """Whether the repr of a value is all that there is to it, for good; that of a tensor is not."""
+    if type(value) is tuple:
+        return all(map(_tells_all, value))
+    return value is None or type(value) in (bool, int, float, str, Layout)

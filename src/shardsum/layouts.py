@@ -170,7 +170,7 @@ class Placement:
             raise Mismatch(f"q_replicated needs the same queries on every rank: got {list(lengths)} queries.")
         return cls((torch.arange(lengths[0]),) * len(lengths))
 
-    @property
+    @functools.cached_property
     def length(self) -> int:
         return sum(len(positions) for positions in self.positions)
 

@@ -34,11 +34,11 @@ class LayerStorage:
 
     def clear(self) -> None:
         self._held = self._empty
-        self.lengths = torch.empty(0, dtype=torch.int64)
+        self.lengths: tuple[int, ...] = ()
 
     @property
     def longest(self) -> int:
-        return int(self.lengths.max()) if len(self.lengths) else 0
+        return max(self.lengths, default=0)
 
     @property
     def nbytes(self) -> int:
@@ -79,18 +79,19 @@ class LayerStorage:
         capacity = slots if held == 0 else slots + max(slots // GROWTH_SHARE, GROWTH_POSITIONS)
         self._held = [_grown(x, batch, capacity) for x in self._held]
 
-    def write(self, row: slice, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    def write(self, row: slice, first: int, k: Tensor, v: Tensor) -> None:
+        """Fill the slots from `first` on of some of the sequences."""
         new = [k, v]
         if self.quantized:
             both = [Quantized.of(x) for x in new]
             new = [x.numbers for x in both] + [x.scales.unsqueeze(3) for x in both]
         for held, x in zip(self._held, new, strict=True):
-            held[row].index_copy_(2, slots.to(x.device), x)
+            held[row, :, first : first + x.shape[2]] = x
 
     def reorder(self, order: Tensor) -> None:
         if len(self.lengths):
             self._held = [x.index_select(0, order.to(x.device)) for x in self._held]
-            self.lengths = self.lengths[order]
+            self.lengths = tuple(self.lengths[sequence] for sequence in order.tolist())
 
 
 def _grown(x: Tensor, batch: int, capacity: int) -> Tensor:

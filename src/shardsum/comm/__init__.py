@@ -1,6 +1,6 @@
 """Between ranks: communicators over threads, torch.distributed and MPI, and how to get one."""
 
-from .agreement import agree, agree_on
+from .agreement import Description, agree, agree_on
 from .base import NOTHING, Communicator, Message, Traffic
 from .connect import as_communicator, connect
 from .group import subgroup
@@ -10,6 +10,7 @@ from .threads import SingleCommunicator
 __all__ = [
     "NOTHING",
     "Communicator",
+    "Description",
     "Message",
     "SingleCommunicator",
     "Traffic",

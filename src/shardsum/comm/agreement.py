@@ -12,7 +12,7 @@ import operator
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,19 +20,78 @@ from torch import Tensor
 from ..errors import Mismatch
 from .base import Communicator
 
-# Magic, version, failed, call number, epoch, q_len, kv_len, description bytes, digest; then the CRC-32 of these.
-_HEADER = struct.Struct("<4sHHqqqqI16s")
+# Magic, version, failed, call number, epoch, description bytes, digest: alike on all ranks where all is well. Then
+# q_len and kv_len, and the CRC-32 of all that.
+_HEADER = struct.Struct("<4sHHqqI16sqq")
+_ALIKE_BYTES = 44
 _CHECK = struct.Struct("<I")
 _FRAME_BYTES = _HEADER.size + _CHECK.size
-_encode = json.JSONEncoder(sort_keys=True).encode
-_MAGIC, _VERSION = b"ssum", 3
+_DIGEST_BYTES = 16
+_encode, _decode = json.JSONEncoder(sort_keys=True).encode, json.JSONDecoder().raw_decode
+_MAGIC, _VERSION = b"ssum", 4
 # What a header may announce. Positions of a longer sequence would be 8 TB by themselves.
 _MAX_DESCRIPTION_BYTES, _MAX_LENGTH, _MAX_CALLS = 1 << 16, 1 << 40, 1 << 62
 
 
+class Description(NamedTuple):
+    """What must be equal on all ranks: values as JSON text with their hash, and the name of the call.
+
+    Many calls have the same values and other names: `called` encodes nothing anew.
+    """
+
+    values: bytes
+    hash: Any
+    call: bytes = b""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Description:
+        """Raises: TypeError, ValueError where these are no JSON values."""
+        return cls._of_text(_encode(values))
+
+    @classmethod
+    def of_error(cls, error: Exception) -> Description:
+        """What takes the place of a call that its own rank refuses."""
+        return cls._of_text(f"{type(error).__name__}: {error}")
+
+    @classmethod
+    def _of_text(cls, text: str) -> Description:
+        return cls(text.encode(), hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES))
+
+    def called(self, name: str) -> Description:
+        """The same values of a call of that name."""
+        return Description(self.values, self.hash, name.encode())
+
+    @property
+    def text(self) -> bytes:
+        return (self.values + self.call)[:_MAX_DESCRIPTION_BYTES]
+
+    @property
+    def text_bytes(self) -> int:
+        return min(len(self.values) + len(self.call), _MAX_DESCRIPTION_BYTES)
+
+    def digest(self) -> bytes:
+        whole = self.hash.copy()
+        whole.update(self.call)
+        return bytes(whole.digest())
+
+
+class _Header(NamedTuple):
+    """The fields of a frame, but for its check."""
+
+    magic: bytes
+    version: int
+    failed: int
+    number: int
+    epoch: int
+    text_bytes: int
+    digest: bytes
+    q_len: int
+    kv_len: int
+
+
 def agree(
     comm: Communicator,
-    call: Mapping[str, Any],
+    call: Mapping[str, Any] | Description,
     q_len: int = 0,
     kv_len: int = 0,
     error: Exception | None = None,
@@ -47,33 +106,32 @@ def agree(
     rank gave its own.
     """
     comm.calls += 1
-    text, epoch = "", 0
+    described, epoch = _NOTHING, 0
     if error is None:
         try:
-            text, epoch = _encode(call), _epoch(comm)
+            described = call if isinstance(call, Description) else Description.of(call)
+            epoch = _epoch(comm)
         except (TypeError, ValueError) as mistake:
             error = mistake
-    if error is not None:
-        text = f"{type(error).__name__}: {error}"
-    description = text.encode()
-    digest = hashlib.blake2b(description, digest_size=16).digest()
-    description = description[:_MAX_DESCRIPTION_BYTES]
     if comm.size == 1:
         if error is not None:
             raise error
         return [(q_len, kv_len)]
+    if error is not None:
+        described = Description.of_error(error)
     own, own_memory, everyones, memory = comm.frames(_FRAME_BYTES)
-    fields = _MAGIC, _VERSION, error is not None, comm.calls, epoch, q_len, kv_len, len(description), digest
-    _HEADER.pack_into(own_memory, 0, *fields)
+    alike = _MAGIC, _VERSION, error is not None, comm.calls, epoch, described.text_bytes, described.digest()
+    _HEADER.pack_into(own_memory, 0, *alike, q_len, kv_len)
     _CHECK.pack_into(own_memory, _HEADER.size, zlib.crc32(own_memory[: _HEADER.size]))
     comm.all_gather_into(own, everyones)
-    frames = memory.tobytes()
-    headers = [_read(frames[rank * _FRAME_BYTES : (rank + 1) * _FRAME_BYTES], rank) for rank in range(comm.size)]
-    numbers, epochs = [h[3] for h in headers], [h[4] for h in headers]
-    failed = [rank for rank, h in enumerate(headers) if h[2]]
-    if not failed and all(h[8] == digest for h in headers) and len(set(numbers)) == len(set(epochs)) == 1:
-        return [(h[5], h[6]) for h in headers]
-    texts = _gather_descriptions(comm, description, [h[7] for h in headers])
+    together = memory.tobytes()
+    frames = [together[start : start + _FRAME_BYTES] for start in range(0, len(together), _FRAME_BYTES)]
+    headers = [_read(frame, rank) for rank, frame in enumerate(frames)]
+    if error is None and len({frame[:_ALIKE_BYTES] for frame in frames}) == 1:
+        return [(header.q_len, header.kv_len) for header in headers]
+    texts = _gather_descriptions(comm, described.text, [header.text_bytes for header in headers])
+    numbers, epochs = [header.number for header in headers], [header.epoch for header in headers]
+    failed = [rank for rank, header in enumerate(headers) if header.failed]
     comm.calls = max(numbers)
     if error is not None and len(failed) == comm.size:
         raise error
@@ -83,6 +141,7 @@ def agree(
     raise Mismatch(" ".join(found) or _TOO_LONG)
 
 
+_NOTHING = Description.of({})
 _TOO_LONG = "the ranks made different calls, too long to compare argument by argument."
 
 
@@ -93,21 +152,21 @@ def _epoch(comm: Communicator) -> int:
     return epoch
 
 
-def _read(frame: bytes, rank: int) -> tuple[Any, ...]:
-    """The fields of a rank's header, before anything is made of the sizes in it. Raises: Mismatch."""
-    fields = magic, version, failed, number, _, q_len, kv_len, size, _ = _HEADER.unpack_from(frame)
-    if (magic, version) != (_MAGIC, _VERSION):
+def _read(frame: bytes, rank: int) -> _Header:
+    """A rank's header, before anything is made of the sizes in it. Raises: Mismatch."""
+    header = _Header._make(_HEADER.unpack_from(frame))
+    if header.magic != _MAGIC or header.version != _VERSION:
         raise Mismatch(f"rank {rank} does not speak shardsum's protocol version {_VERSION}.")
     if not (
         _CHECK.unpack_from(frame, _HEADER.size)[0] == zlib.crc32(frame[: _HEADER.size])
-        and failed <= 1
-        and 0 < number < _MAX_CALLS
-        and 0 <= q_len <= _MAX_LENGTH
-        and 0 <= kv_len <= _MAX_LENGTH
-        and size <= _MAX_DESCRIPTION_BYTES
+        and header.failed <= 1
+        and 0 < header.number < _MAX_CALLS
+        and 0 <= header.q_len <= _MAX_LENGTH
+        and 0 <= header.kv_len <= _MAX_LENGTH
+        and header.text_bytes <= _MAX_DESCRIPTION_BYTES
     ):
         raise Mismatch(f"rank {rank} sent a malformed header.")
-    return fields
+    return header
 
 
 def _gather_descriptions(comm: Communicator, description: bytes, sizes: Sequence[int]) -> list[str]:
@@ -121,11 +180,17 @@ def _differences(texts: Sequence[str]) -> list[str]:
     if len(set(texts)) == 1:
         return []
     try:
-        calls = [json.loads(text) for text in texts]
+        calls = [_parsed(text) for text in texts]
         names = sorted({name for call in calls for name in call})
         return [sentence for name in names for sentence in _unequal(name, [call.get(name) for call in calls])]
     except (ValueError, TypeError, AttributeError, RecursionError):  # cut at the cap, or no description at all
         return [_TOO_LONG]
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """The values of a description, and its call's name, which stands behind them, as one more."""
+    values, end = _decode(text)
+    return {"call": text[end:], **values} if text[end:] else values
 
 
 def _unequal(name: str, values: Sequence[Any]) -> list[str]:

@@ -78,6 +78,7 @@ def call(
     table: Tensor | None = None,
 ) -> tuple[tuple[Any, ...], list[Tensor]]:
     """What all operations are told, as native/module.cpp takes it apart, and the tensors that it points to."""
+    assert q.is_cpu, "tensors on meta have no addresses"
     if lo.shape != hi.shape:
         lo, hi = torch.broadcast_tensors(lo, hi)
     lo, hi = lo.contiguous(), hi.contiguous()

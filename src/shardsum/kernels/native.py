@@ -15,7 +15,7 @@ from ..state import AttentionState
 from ..tree import SEGMENT
 from .base import Bounds, Gradients, Kernel, Keys, OutputGradient, Queries, Values
 from .compiled import few_rows, instruction_sets, why_not_native
-from .operators import attention_backward, attention_forward, paged_forward, quantized_forward
+from .operators import attention_backward, dense_forward, paged_forward, quantized_forward
 from .reference import EagerKernel
 
 
@@ -41,7 +41,7 @@ class NativeKernel(Kernel):
     def forward(self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores) -> AttentionState:
         if scores.bias is not None:
             return EagerKernel().forward(q, k, v, lo, hi, scores)
-        return AttentionState(*attention_forward(*self._arguments(q, k, v, lo, hi, scores)))
+        return AttentionState(*dense_forward(*self._arguments(q, k, v, lo, hi, scores)))
 
     def forward_quantized(
         self, q: Queries, k: Quantized, v: Quantized, lo: Bounds, hi: Bounds, scores: Scores
@@ -71,7 +71,7 @@ class NativeKernel(Kernel):
     ) -> AttentionState:
         if scores.bias is not None:
             return EagerKernel().forward_tree(q, k, v, lo, hi, scores)
-        return AttentionState(*attention_forward(*self._arguments(q, k, v, lo, hi, scores), SEGMENT))
+        return AttentionState(*dense_forward(*self._arguments(q, k, v, lo, hi, scores), SEGMENT))
 
     def backward_leaf(
         self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient

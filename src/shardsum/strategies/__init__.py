@@ -7,7 +7,7 @@ from .all_gather import AllGather
 from .all_reduce import AllReduce
 from .base import Strategy
 from .bound import lower_bound_bytes
-from .call import Call
+from .call import Call, Found
 from .hybrid import Hybrid
 from .pass_q import PassQ
 from .ring import Ring
@@ -25,6 +25,7 @@ __all__ = [
     "AllGather",
     "AllReduce",
     "Call",
+    "Found",
     "Hybrid",
     "PassQ",
     "Ring",

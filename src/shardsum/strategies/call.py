@@ -37,6 +37,19 @@ class Contribution:
 
 
 @dataclass(frozen=True, eq=False)
+class Found:
+    """What was found out about mask, rows and keys, which strategies, and calls that are alike, ask several times.
+
+    By the rank whose rows they are, or the two whose rows and keys.
+    """
+
+    intervals: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    local: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    runs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    routes: dict[str, Route] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class Call:
     """One attention call as a rank sees it once all ranks have agreed: its shards, and where all shards lie.
 
@@ -61,10 +74,7 @@ class Call:
     name: str = "attention"
     holder: str = "rank"
     reproducible: bool = False
-    # What was found out about the mask, which every strategy asks several times.
-    _intervals_of: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    _runs_of: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _routes: dict[str, Route] = field(default_factory=dict)
+    found: Found = field(default_factory=Found)
 
     def partial(
         self,
@@ -145,15 +155,24 @@ class Call:
     def _local(
         self, rows_of: int, keys_of: int, rows: Some, keys: Some
     ) -> tuple[Scores, list[tuple[Tensor, Tensor]]]:
-        own, positions = self.queries.positions[rows_of][rows], self.keys.positions[keys_of][keys]
-        scores = self.scores if self.scores.plain else self.scores.localize(own, positions, self.mask.own(own))
-        intervals = self._intervals(rows_of)
-        return scores, [localize(lo[:, rows], hi[:, rows], positions) for lo, hi in intervals]
+        scores = self.scores
+        if not scores.plain:
+            own, positions = self.queries.positions[rows_of][rows], self.keys.positions[keys_of][keys]
+            scores = scores.localize(own, positions, self.mask.own(own))
+        if not (_is_all(rows) and _is_all(keys)):
+            return scores, self._local_intervals(rows_of, keys_of, rows, keys)
+        if (rows_of, keys_of) not in self.found.local:
+            self.found.local[rows_of, keys_of] = self._local_intervals(rows_of, keys_of, rows, keys)
+        return scores, self.found.local[rows_of, keys_of]
+
+    def _local_intervals(self, rows_of: int, keys_of: int, rows: Some, keys: Some) -> list[tuple[Tensor, Tensor]]:
+        positions = self.keys.positions[keys_of][keys]
+        return [localize(lo[:, rows], hi[:, rows], positions) for lo, hi in self._intervals(rows_of)]
 
     def _intervals(self, rows_of: int) -> list[tuple[Tensor, Tensor]]:
-        if rows_of not in self._intervals_of:
-            self._intervals_of[rows_of] = self.mask.intervals(self.queries.positions[rows_of])
-        return self._intervals_of[rows_of]
+        if rows_of not in self.found.intervals:
+            self.found.intervals[rows_of] = self.mask.intervals(self.queries.positions[rows_of])
+        return self.found.intervals[rows_of]
 
     def seen(self, rows_of: int, keys_of: int) -> Tensor:
         """The keys of one rank that some query row of another may see, as local indices: what has to travel."""
@@ -175,7 +194,7 @@ class Call:
 
     def _runs(self, rows_of: int) -> tuple[Tensor, Tensor]:
         """The global keys that some row of a rank may see, as disjoint runs: where each starts and ends."""
-        if rows_of not in self._runs_of:
+        if rows_of not in self.found.runs:
             lo, hi = (
                 torch.cat([x.flatten() for x in bounds]) for bounds in zip(*self._intervals(rows_of), strict=True)
             )
@@ -184,8 +203,8 @@ class Call:
             covered = hi[seeing][order].cummax(dim=0).values
             gap = lo[1:] > covered[:-1]
             edge = gap.new_ones(min(1, len(lo)))
-            self._runs_of[rows_of] = lo[torch.cat([edge, gap])], covered[torch.cat([gap, edge])]
-        return self._runs_of[rows_of]
+            self.found.runs[rows_of] = lo[torch.cat([edge, gap])], covered[torch.cat([gap, edge])]
+        return self.found.runs[rows_of]
 
     def _rows_that_see(self, keys_of: int, rows_of: int) -> Tensor:
         """Which query rows of one rank may see some key of another."""
@@ -218,15 +237,15 @@ class Call:
 
     def key_route(self) -> Route:
         """How keys go round a ring: to every rank that has a row which may see them."""
-        if "keys" not in self._routes:
-            self._routes["keys"] = Route.of(self.comm.size, self._sees)
-        return self._routes["keys"]
+        if "keys" not in self.found.routes:
+            self.found.routes["keys"] = Route.of(self.comm.size, self._sees)
+        return self.found.routes["keys"]
 
     def row_route(self) -> Route:
         """How query rows go round a ring: to every rank that has a key which they may see."""
-        if "rows" not in self._routes:
-            self._routes["rows"] = Route.of(self.comm.size, self._rows_that_see)
-        return self._routes["rows"]
+        if "rows" not in self.found.routes:
+            self.found.routes["rows"] = Route.of(self.comm.size, self._rows_that_see)
+        return self.found.routes["rows"]
 
     def some_heads(self, kv_heads: slice) -> Call:
         """The call of some of the KV heads, and of the query heads that read them."""
@@ -278,3 +297,7 @@ class Call:
 
     def _key_elements(self, keys: int) -> int:
         return keys * self.k.shape[0] * self.k.shape[1] * (self.k.shape[3] + self.v.shape[3])
+
+
+def _is_all(some: Some) -> bool:
+    return isinstance(some, slice) and some == slice(None)
