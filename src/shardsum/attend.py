@@ -230,7 +230,8 @@ class _Attend(torch.autograd.Function):
         found = ctx.strategy.backward(call, OutputGradient(d_out, lse, delta))
         d_sinks = None
         if sinks is not None:
-            weights = (sinks.to(lse).view(-1, 1) - lse).exp()
+            # A row of no key beside a sink of -inf has lse -inf: (-inf) - (-inf) is NaN where the weight is 0.
+            weights = (sinks.to(lse).view(-1, 1) - lse.masked_fill(lse == -torch.inf, torch.inf)).exp()
             d_sinks = -(weights * delta).sum(dim=(0, 2)).to(sinks.dtype)
         d_bias = None if bias is None or found.bias is None else found.bias.to(bias.dtype)
         return found.q.to(q.dtype), found.k.to(k.dtype), found.v.to(v.dtype), d_sinks, d_bias, None, None

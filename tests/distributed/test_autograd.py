@@ -141,6 +141,14 @@ def test_under_autocast() -> None:
         assert_close(found.grad, x.grad, 2**-7, "gradient")
 
 
+def test_a_sink_that_is_not_there_has_no_gradient() -> None:
+    x, sinks = normal(1, 2, 3, 4), torch.tensor([-torch.inf, 0.5], dtype=torch.float64, requires_grad=True)
+    shardsum.attention(x, x, x, sinks=sinks, causal=True, q_start=-1).sum().backward()  # row 0 sees no key
+    assert sinks.grad is not None
+    assert sinks.grad[0] == 0.0
+    assert sinks.grad[1].abs() > 0.0
+
+
 def test_autocast_leaves_float64_as_torch_does() -> None:
     x = normal(1, 2, 5, 4)
     with torch.autocast("cpu", torch.bfloat16):
