@@ -17,8 +17,12 @@ lint: .venv/installed
 types: .venv/installed
 	$(BIN)/mypy
 
+# Tests that start processes have both cores and the clock to themselves; the others run two at a time.
+BY_THEMSELVES := tests/cli tests/collectives tests/comm tests/hosts tests/test_examples.py
+
 unit: .venv/installed  ## unit and distributed tests, doctests, examples and the README's own code
-	$(BIN)/python -m pytest -m "not nightly" --durations=15
+	$(BIN)/python -m pytest -m "not nightly" --durations=15 -n 2 --dist worksteal $(BY_THEMSELVES:%=--ignore=%)
+	$(BIN)/python -m pytest -m "not nightly" --durations=15 $(BY_THEMSELVES)
 
 nightly: .venv/installed  ## what takes too long for every commit
 	$(BIN)/python -m pytest -m nightly --durations=15
