@@ -1,15 +1,19 @@
-"""Building the C++ kernels where something is missing: one sentence says what, and its remedy works."""
+"""Building the C++ kernels: what is said where something is missing, and the suite with other builds of them."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from .test_fuzz import NATIVE
+from shardsum.kernels import instruction_sets
+
+from .test_fuzz import NATIVE, SANITIZERS
 
 pytestmark = pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
 REMEDY = "SHARDSUM_NATIVE=0 pip install shardsum"
@@ -37,3 +41,39 @@ def test_without_openmp(tmp_path: Path) -> None:
     said = configured(tmp_path / "build", CXX=str(compiler))
     assert "need OpenMP" in said
     assert REMEDY in said
+
+
+def run_suite(*arguments: str, **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-m", "not nightly", *arguments]
+    done = subprocess.run(
+        command, cwd=NATIVE.parent, capture_output=True, text=True, check=False, env=os.environ | environment
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("isa", instruction_sets()[1:])
+def test_the_suite_with_every_instruction_set(isa: str) -> None:
+    """The best is what all other tests run."""
+    distributed = (f"tests/distributed/test_{name}.py" for name in ("strategies", "gradients"))
+    run_suite("tests/kernels/test_kernels.py", *distributed, "--instruction-set", isa)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(6000)
+def test_the_suite_under_sanitizers(tmp_path: Path) -> None:
+    """Of memory and of undefined behaviour, in the module that Python loads."""
+    options = {"SHARDSUM_OPTIMIZATION": "-O1", "CMAKE_CXX_FLAGS": SANITIZERS}
+    settings = [f"-Ccmake.define.{name}={value}" for name, value in options.items()]
+    wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(tmp_path), *settings]
+    wheel += [f"-Cbuild-dir={tmp_path / 'build'}", "-Cinstall.strip=false", str(NATIVE.parent)]
+    done = subprocess.run(wheel, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as files:
+        (name,) = (name for name in files.namelist() if Path(name).name.startswith("_native."))
+        module = files.extract(name, tmp_path)
+    library = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    suite = ["tests/kernels/test_kernels.py", *map(str, Path(__file__).parent.glob("test_native_*.py"))]
+    # Python and torch keep memory to their ends, which is not what is looked for.
+    run_suite(*suite, "--native", module, LD_PRELOAD=library.stdout.strip(), ASAN_OPTIONS="detect_leaks=0")

@@ -45,7 +45,9 @@ def check(
     if name == "native" and q.dtype == torch.bfloat16:
         tolerance = ROUNDED_WEIGHTS * max(1.0, float(terms.nan_to_num(nan=1.0)))
     assert_close(state.out.cpu(), out, tolerance, f"out of {name}")
-    assert_close(state.lse.cpu(), lse, STATE[q.dtype], f"lse of {name}")
+    # An lse may happen to be 0.0004: its error is that of scores of about 1.
+    size = float(lse[lse.isfinite()].norm())
+    assert_close(state.lse.cpu(), lse, STATE[q.dtype] / (min(1.0, size) or 1.0), f"lse of {name}")
 
 
 @kernels
