@@ -133,7 +133,7 @@ def global_value(
         if kind not in ("sum", "mean", "max", "count"):
             raise ValueError(f"kind must be sum, mean, max or count: got {kind!r}.")
         if not isinstance(values, Tensor) or not values.is_floating_point():
-            raise ValueError(f"values must be floats: got {getattr(values, 'dtype', values)}.")
+            raise ValueError(f"values must be floats: got {getattr(values, 'dtype', type(values).__name__)}.")
         return {"call": kind, "dtype": str(values.dtype), "collective": as_collective(collective).name}
 
     counts = [count for count, _ in agree_on(comm, describe, values, values, None)]
