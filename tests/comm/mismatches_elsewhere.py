@@ -178,6 +178,6 @@ OTHERS: dict[str, tuple[Callable[[Shards, bool], None], str]] = {
     "no queries for a cache": (_cache_no_queries, "NoneType"),
     "tokens for a layer that is none": (_cache_shards_of_no_layer, "layer must be"),
     "a layout of unshard that is none": (_unshard_no_layout, "smoke"),
-    "no values": (_no_values, "values must be floats: got None"),
+    "no values": (_no_values, "NoneType"),
     "queries of a cache": (_cache_queries, "queries"),
 }
