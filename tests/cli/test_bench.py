@@ -16,7 +16,8 @@ from .run import assert_refused, launched, shardsum
 def test_collectives_has_every_side_with_ratios_and_targets(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["-n", "2", "--transport", "mpi", "--largest", "16384", "--repetitions", "1", "--json"]
     line = shardsum(capsys, "bench", "collectives", *arguments).json
-    ours = {f"{transport} {name}" for transport in ("mpi", "gloo") for name in ("auto", "agreement", *COLLECTIVES)}
+    sides = ("auto", "agreement", "agreement and auto", *COLLECTIVES)
+    ours = {f"{transport} {name}" for transport in ("mpi", "gloo") for name in sides}
     raw = {"mpi4py Allgather", "mpi4py Allreduce", "gloo max+sum", "gloo all_reduce"}
     assert line["seconds"].keys() == ours | raw
     assert line["ratio"].keys() == (ours | raw) - {"mpi auto"}

@@ -12,7 +12,7 @@ from torch.distributed import FileStore
 
 from ..arguments import Arguments
 from ..collectives import COLLECTIVES, all_reduce_states, as_collective
-from ..comm import Communicator, agree, launch
+from ..comm import Communicator, Description, agree, launch
 from ..comm.torch_distributed import TorchCommunicator, connect_gloo
 from ..problem import Problem
 from ..state import AttentionState
@@ -98,9 +98,11 @@ def _sides(comm: Communicator, queries: int) -> Sides:
         return lambda: all_reduce_states(comm, state, collective)
 
     q = torch.empty(1, HEADS, queries, V_DIM)
-    call = {"call": "attention", **Arguments(q_replicated=True).describe(Problem.of(q, q, q))}
-    agreeing = {f"{comm.transport} {AGREEMENT}": lambda: agree(comm, call, queries, queries)}
-    return {f"{comm.transport} {name}": side(name) for name in ("auto", *COLLECTIVES)} | agreeing
+    described = Description.of(Arguments(q_replicated=True).describe(Problem.of(q, q, q)))  # as a cache keeps it
+    sides = {name: side(name) for name in ("auto", *COLLECTIVES)}
+    sides[AGREEMENT] = lambda: agree(comm, described.called("attend"), queries, queries)
+    sides[f"{AGREEMENT} and auto"] = lambda: (sides[AGREEMENT](), sides["auto"]())
+    return {f"{comm.transport} {name}": work for name, work in sides.items()}
 
 
 def _raw_mpi(queries: int) -> Sides:

@@ -119,12 +119,12 @@ def agree(
         return [(q_len, kv_len)]
     if error is not None:
         described = Description.of_error(error)
-    own, own_memory, everyones, memory = comm.frames(_FRAME_BYTES)
+    own, everyones, gather = comm.frames(_FRAME_BYTES)
     alike = _MAGIC, _VERSION, error is not None, comm.calls, epoch, described.text_bytes, described.digest()
-    _HEADER.pack_into(own_memory, 0, *alike, q_len, kv_len)
-    _CHECK.pack_into(own_memory, _HEADER.size, zlib.crc32(own_memory[: _HEADER.size]))
-    comm.all_gather_into(own, everyones)
-    together = memory.tobytes()
+    header = _HEADER.pack(*alike, q_len, kv_len)
+    own[:] = header + _CHECK.pack(zlib.crc32(header))
+    gather()
+    together = everyones.tobytes()
     frames = [together[start : start + _FRAME_BYTES] for start in range(0, len(together), _FRAME_BYTES)]
     headers = [_read(frame, rank) for rank, frame in enumerate(frames)]
     if error is None and len({frame[:_ALIKE_BYTES] for frame in frames}) == 1:

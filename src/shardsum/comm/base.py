@@ -81,7 +81,7 @@ class Communicator(ABC):
         self._lost: str | None = None
         self._scratch: dict[tuple[object, ...], tuple[Tensor, list[Tensor]]] = {}
         self._hosts: tuple[str, ...] | None = None
-        self._frames: tuple[Tensor, memoryview, Tensor, memoryview] | None = None
+        self._frames: tuple[memoryview, memoryview, Callable[[], None]] | None = None
 
     def all_gather(self, part: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
         """Every rank's `part`, in rank order; `shapes` gives each rank's shape where they differ."""
@@ -137,6 +137,17 @@ class Communicator(ABC):
         self._count([part.nbytes] * (self.size - 1))
         self._all_gather(part, pieces, [part.nbytes] * self.size)
 
+    def all_gather_again(self, part: Tensor, pieces: Tensor) -> Callable[[], None]:
+        """`all_gather_into` as a function that is called again and again, with the same memory."""
+        counted = [part.nbytes] * (self.size - 1)
+        gather = self._all_gather_again(part, pieces, [part.nbytes] * self.size)
+
+        def again() -> None:
+            self._count(counted)
+            gather()
+
+        return again
+
     def scratch(
         self, like: Tensor, count: int = 1, use: str = "receive", shape: tuple[int, ...] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
@@ -153,11 +164,11 @@ class Communicator(ABC):
                 self._scratch[key] = found
         return found
 
-    def frames(self, frame_bytes: int) -> tuple[Tensor, memoryview, Tensor, memoryview]:
-        """Working memory for a frame of this rank and for one of each: as tensors, and as Python sees it."""
-        if self._frames is None or self._frames[1].nbytes != frame_bytes:
+    def frames(self, frame_bytes: int) -> tuple[memoryview, memoryview, Callable[[], None]]:
+        """Working memory for a frame of this rank and for one of each, and a function that fills in all ranks'."""
+        if self._frames is None or self._frames[0].nbytes != frame_bytes:
             own, everyones = (torch.zeros(count * frame_bytes, dtype=torch.uint8) for count in (1, self.size))
-            self._frames = own, own.numpy().data, everyones, everyones.numpy().data
+            self._frames = own.numpy().data, everyones.numpy().data, self.all_gather_again(own, everyones)
         return self._frames
 
     def hosts(self) -> tuple[str, ...]:
@@ -210,6 +221,9 @@ class Communicator(ABC):
 
     @abstractmethod
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None: ...
+
+    def _all_gather_again(self, send: Tensor, receive: Tensor, sizes: list[int]) -> Callable[[], None]:
+        return lambda: self._all_gather(send, receive, sizes)
 
     @abstractmethod
     def _all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None: ...

@@ -43,12 +43,19 @@ class MpiCommunicator(Communicator):
         self._mpi.Free()
 
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
-        to_all, from_all = self._buffer(send, sum(sizes)), self._buffer(receive)
-        if len(set(sizes)) == 1:
-            request = self._mpi.Iallgather(to_all, from_all)
-        else:
-            request = self._mpi.Iallgatherv(to_all, [from_all, sizes, _displacements(sizes), self._byte])
-        self._wait([request])
+        self._all_gather_again(send, receive, sizes)()
+
+    def _all_gather_again(self, send: Tensor, receive: Tensor, sizes: list[int]) -> Callable[[], None]:
+        start, to_all, from_all = self._mpi.Iallgather, self._buffer(send), self._buffer(receive)
+        if sizes.count(sizes[0]) < len(sizes):
+            start, from_all = self._mpi.Iallgatherv, [from_all, sizes, _displacements(sizes), self._byte]
+        held = send, receive  # memory that MPI writes and reads
+
+        def again() -> None:
+            assert held
+            self._wait([start(to_all, from_all)])
+
+        return again
 
     def _all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
         sent, together = [part.nbytes for part in send], torch.cat(send)
@@ -115,16 +122,17 @@ class MpiCommunicator(Communicator):
             os.sched_yield()
         return list(hearing)
 
-    def _buffer(self, x: Tensor, total_bytes: int = 0) -> Any:
+    def _buffer(self, x: Tensor) -> Any:
         """torch's own memory as MPI sees it; the tensor must be kept as long as MPI uses that."""
         if not x.is_cpu:
             raise Unsupported(f"the mpi transport moves CPU memory: got tensors on {x.device}.")
-        if max(x.nbytes, total_bytes) > _MAX_BYTES:
+        size: int = x.nbytes
+        if size > _MAX_BYTES:
             raise Unsupported(
-                f"one MPI message holds at most {_MAX_BYTES} bytes: got {max(x.nbytes, total_bytes)}. "
+                f"one MPI message holds at most {_MAX_BYTES} bytes: got {size}. "
                 "Use the ring strategy, more ranks or another transport."
             )
-        return self._at(x.data_ptr(), x.nbytes)
+        return self._at(x.data_ptr(), size)
 
 
 def _named(peers: Sequence[int]) -> str:
