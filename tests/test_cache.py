@@ -345,6 +345,73 @@ def test_nothing_is_remembered_too_long(size: int, seed: int) -> None:
     launch(attended_after_every_change, ranks=size, transport="threads", args=(seed,), deadline=10.0)
 
 
+def test_layers_whose_longest_sequences_are_equal_are_no_equal_calls() -> None:
+    q, k, v = tokens(5)
+    cache = new_cache(connect("single"), layers=2)
+    for layer, lengths in enumerate(([5, 2], [2, 5])):
+        cache.append(layer, k, v, lengths=lengths)
+        out = cache.attend(layer, q[:, :, 4:])
+        for row, length in enumerate(lengths):
+            one = slice(row, row + 1)
+            expect(None, out[one], q[one, :, 4:], k[one, :, :length], v[one, :, :length])
+
+
+def sharded_anew(comm: Communicator) -> None:
+    q, k, v = tokens(12)
+    cache = new_cache(comm)
+    for layout in ("zigzag", "contiguous", "striped"):  # positions of the same lengths lie elsewhere each time
+        cache.crop(0)
+        cache.append(0, *(shard(x, comm=comm, layout=layout) for x in (k, v)), layout=layout)
+        expect(None, cache.attend(0, q[:, :, 9:], window=(4, 0)), q[:, :, 9:], k, v, window=(4, 0))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_where_keys_lay_before_a_crop_is_forgotten(size: int) -> None:
+    launch(sharded_anew, ranks=size, transport="threads", deadline=10.0)
+
+
+def reordered_by_one_rank(comm: Communicator) -> str:
+    q, k, v = tokens(3)
+    cache = new_cache(comm)
+    cache.append(0, k, v)
+    cache.attend(0, q[:, :, 2:])
+    if comm.rank == 1:
+        cache.reorder([1, 0])
+    with pytest.raises(Mismatch) as caught:
+        cache.attend(0, q[:, :, 2:])
+    return str(caught.value)
+
+
+def test_a_rank_that_reordered_alone_is_found_out_after_equal_calls() -> None:
+    first, second = launch(reordered_by_one_rank, ranks=2, transport="threads", deadline=10.0)
+    assert first == second
+    assert "reordered must be the same on every rank" in first
+
+
+def test_an_option_that_changed_in_place_is_looked_at_again() -> None:
+    """One number among so many that its tensor is printed without it."""
+    batch, row = 1200, 600
+    q, k, v = tokens(6, batch=batch)
+    cache, start = new_cache(connect("single")), torch.zeros(batch, dtype=torch.int64)
+    cache.append(0, k, v)
+    one = slice(row, row + 1)
+    for first in (0, 3):
+        start[row] = first
+        out = cache.attend(0, q[:, :, 5:], key_range=(start, [6] * batch))
+        expect(None, out[one], q[one, :, 5:], k[one, :, first:], v[one, :, first:])
+
+
+def test_calls_of_other_sizes_are_other_calls() -> None:
+    q, k, v = tokens(6)
+    cache = new_cache(connect("single"))
+    cache.append(0, k, v)
+    for rows in (1, 3, 1):
+        expect(None, cache.attend(0, q[:, :, 6 - rows :]), q[:, :, 6 - rows :], k, v)
+    # The same shape in another dtype is refused, as it would be at first.
+    with pytest.raises(ValueError, match="one dtype"):
+        cache.attend(0, q[:, :, 5:].double())
+
+
 def test_the_layers_of_a_step_share_what_they_have_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Prepared] = []
 
