@@ -127,9 +127,9 @@ class KVCache:
         self._assign(start[0] if even else None, max(ends), owners)
         mine = self._place(max(ends)).positions[self.comm.rank]
         store.reserve(len(start), len(mine))
-        whole = [(slice(None), start[0], max(valid))]
+        together = [(slice(None), start[0], max(valid))]
         single = [(slice(b, b + 1), start[b], valid[b]) for b in range(len(start))]
-        for row, base, count in whole if even else single:
+        for row, base, count in together if even else single:
             # Slots are in the order of positions: those of new tokens follow each other.
             first, last = (int(torch.searchsorted(mine, position)) for position in (base, base + count))
             come: slice | Tensor = slice(last - first)
