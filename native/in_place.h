@@ -38,21 +38,27 @@ void multiply_keys(const P* a, int64_t a_row, RowsInMemory<E> k, int64_t keys, i
     typedef Sum<P> T;
     constexpr int n = lanes<T>;
     for (int64_t j = 0; j < keys; j += n) {
-        Vector<T> sum[ROWS], square[n];
-#pragma GCC unroll 6
-        for (int i = 0; i < ROWS; i++) sum[i] = Vector<T>{};
         const P* some = a;
-        for (int64_t d = 0; d < size; d += ELEMENTS_AT_ONCE<P>, some += n) {
-#pragma GCC unroll 16
-            for (int r = 0; r < n; r++) k.ask_for(j + r, d), square[r] = vector_of<P>(k.at(j + r, d));
-            transpose<T>(square);
-#pragma GCC unroll 16
-            for (int r = 0; r < n; r++)
+        for (int64_t d = 0, end; d < size; d = end) {
+            end = std::min(d + ELEMENTS_IN_ORDER, size);
+            Vector<T> sum[ROWS], square[n];
 #pragma GCC unroll 6
-                for (int i = 0; i < ROWS; i++) sum[i] = multiply_add(left(some + i * a_row + r), right_of<P>(square[r]), sum[i]);
+            for (int i = 0; i < ROWS; i++) sum[i] = Vector<T>{};
+            for (int64_t e = d; e < end; e += ELEMENTS_AT_ONCE<P>, some += n) {
+#pragma GCC unroll 16
+                for (int r = 0; r < n; r++) k.ask_for(j + r, e), square[r] = vector_of<P>(k.at(j + r, e));
+                transpose<T>(square);
+#pragma GCC unroll 16
+                for (int r = 0; r < n; r++)
+#pragma GCC unroll 6
+                    for (int i = 0; i < ROWS; i++) sum[i] = multiply_add(left(some + i * a_row + r), right_of<P>(square[r]), sum[i]);
+            }
+#pragma GCC unroll 6
+            for (int i = 0; i < ROWS; i++) {
+                T* to = c + i * c_row + j;
+                store_vector(to, d > 0 ? load(to) + sum[i] : sum[i]);
+            }
         }
-#pragma GCC unroll 6
-        for (int i = 0; i < ROWS; i++) store_vector(c + i * c_row + j, sum[i]);
     }
 }
 

@@ -14,6 +14,8 @@ constexpr int TILE_ROWS = 6, TILE_VECTORS = 2;
 
 // So many columns are a panel: what one tile reads of B lies together.
 template <typename T> constexpr int PANEL = TILE_VECTORS * VECTOR_BYTES / sizeof(T);
+// A score sums so many elements in order, and then these sums: in longer ones roundings add up.
+constexpr int64_t ELEMENTS_IN_ORDER = 128;
 template <typename T> using Sum = std::conditional_t<std::is_same_v<T, Pair>, float, T>;
 
 #if defined(__AMX_BF16__)
