@@ -24,24 +24,28 @@ from .base import Communicator
 # q_len and kv_len, and the CRC-32 of all that.
 _HEADER = struct.Struct("<4sHHqqI16sqq")
 _ALIKE_BYTES = 44
-_CHECK = struct.Struct("<I")
+_CHECK, _LENGTHS_AND_CHECK = struct.Struct("<I"), struct.Struct("<qqI")
 _FRAME_BYTES = _HEADER.size + _CHECK.size
 _DIGEST_BYTES = 16
 _encode, _decode = json.JSONEncoder(sort_keys=True).encode, json.JSONDecoder().raw_decode
 _MAGIC, _VERSION = b"ssum", 4
 # What a header may announce. Positions of a longer sequence would be 8 TB by themselves.
 _MAX_DESCRIPTION_BYTES, _MAX_LENGTH, _MAX_CALLS = 1 << 16, 1 << 40, 1 << 62
+_KEPT_NAMES = 1024  # more than a model has layers
 
 
-class Description(NamedTuple):
-    """What must be equal on all ranks: values as JSON text with their hash, and the name of the call.
+class Description:
+    """What must be equal on all ranks: values as JSON text, and the call's name behind them, with their digest.
 
-    Many calls have the same values and other names: `called` encodes nothing anew.
+    Many calls have the same values and other names, and come again and again: `called` keeps what it made.
     """
 
-    values: bytes
-    hash: Any
-    call: bytes = b""
+    def __init__(self, text: bytes, hashed: Any) -> None:
+        """`hashed`: the hash object of the whole text, of which no more than a part is sent."""
+        self.text = text[:_MAX_DESCRIPTION_BYTES]
+        self.text_bytes, self.digest = len(self.text), hashed.digest()
+        self._hashed = hashed
+        self._called: dict[str, Description] = {}
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Description:
@@ -59,20 +63,14 @@ class Description(NamedTuple):
 
     def called(self, name: str) -> Description:
         """The same values of a call of that name."""
-        return Description(self.values, self.hash, name.encode())
-
-    @property
-    def text(self) -> bytes:
-        return (self.values + self.call)[:_MAX_DESCRIPTION_BYTES]
-
-    @property
-    def text_bytes(self) -> int:
-        return min(len(self.values) + len(self.call), _MAX_DESCRIPTION_BYTES)
-
-    def digest(self) -> bytes:
-        whole = self.hash.copy()
-        whole.update(self.call)
-        return bytes(whole.digest())
+        found = self._called.get(name)
+        if found is None:
+            hashed = self._hashed.copy()
+            hashed.update(name.encode())
+            if len(self._called) == _KEPT_NAMES:
+                self._called.clear()
+            found = self._called[name] = Description(self.text + name.encode(), hashed)
+        return found
 
 
 class _Header(NamedTuple):
@@ -120,15 +118,15 @@ def agree(
     if error is not None:
         described = Description.of_error(error)
     own, everyones, gather = comm.frames(_FRAME_BYTES)
-    alike = _MAGIC, _VERSION, error is not None, comm.calls, epoch, described.text_bytes, described.digest()
+    alike = _MAGIC, _VERSION, error is not None, comm.calls, epoch, described.text_bytes, described.digest
     header = _HEADER.pack(*alike, q_len, kv_len)
     own[:] = header + _CHECK.pack(zlib.crc32(header))
     gather()
     together = everyones.tobytes()
     frames = [together[start : start + _FRAME_BYTES] for start in range(0, len(together), _FRAME_BYTES)]
+    if error is None and [frame[:_ALIKE_BYTES] for frame in frames].count(header[:_ALIKE_BYTES]) == comm.size:
+        return [_lengths(frame, rank) for rank, frame in enumerate(frames)]
     headers = [_read(frame, rank) for rank, frame in enumerate(frames)]
-    if error is None and len({frame[:_ALIKE_BYTES] for frame in frames}) == 1:
-        return [(header.q_len, header.kv_len) for header in headers]
     texts = _gather_descriptions(comm, described.text, [header.text_bytes for header in headers])
     numbers, epochs = [header.number for header in headers], [header.epoch for header in headers]
     failed = [rank for rank, header in enumerate(headers) if header.failed]
@@ -157,16 +155,23 @@ def _read(frame: bytes, rank: int) -> _Header:
     header = _Header._make(_HEADER.unpack_from(frame))
     if header.magic != _MAGIC or header.version != _VERSION:
         raise Mismatch(f"rank {rank} does not speak shardsum's protocol version {_VERSION}.")
-    if not (
-        _CHECK.unpack_from(frame, _HEADER.size)[0] == zlib.crc32(frame[: _HEADER.size])
-        and header.failed <= 1
-        and 0 < header.number < _MAX_CALLS
-        and 0 <= header.q_len <= _MAX_LENGTH
-        and 0 <= header.kv_len <= _MAX_LENGTH
-        and header.text_bytes <= _MAX_DESCRIPTION_BYTES
-    ):
-        raise Mismatch(f"rank {rank} sent a malformed header.")
+    _lengths(frame, rank)
+    if header.failed > 1 or not 0 < header.number < _MAX_CALLS or header.text_bytes > _MAX_DESCRIPTION_BYTES:
+        raise _malformed(rank)
     return header
+
+
+def _lengths(frame: bytes, rank: int) -> tuple[int, int]:
+    """A header's q_len and kv_len, once its check was found to be right. Raises: Mismatch."""
+    q_len, kv_len, check = _LENGTHS_AND_CHECK.unpack_from(frame, _ALIKE_BYTES)
+    right = 0 <= q_len <= _MAX_LENGTH and 0 <= kv_len <= _MAX_LENGTH
+    if not right or check != zlib.crc32(frame[: _HEADER.size]):
+        raise _malformed(rank)
+    return q_len, kv_len
+
+
+def _malformed(rank: int) -> Mismatch:
+    return Mismatch(f"rank {rank} sent a malformed header.")
 
 
 def _gather_descriptions(comm: Communicator, description: bytes, sizes: Sequence[int]) -> list[str]:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class Communicator(ABC):
         self.calls = self.epoch = 0
         self.closed = False
         self._lost: str | None = None
-        self._scratch: dict[tuple[object, ...], tuple[Tensor, list[Tensor]]] = {}
+        self._scratch: dict[tuple[object, ...], Any] = {}
         self._hosts: tuple[str, ...] | None = None
         self._frames: tuple[memoryview, memoryview, Callable[[], None]] | None = None
 
@@ -154,15 +155,28 @@ class Communicator(ABC):
         """Working memory (count, *shape), and its parts: the same at every call for one use, whatever is in it."""
         shape = like.shape if shape is None else shape
         key = (use, count, shape, like.dtype, like.device)
-        found = self._scratch.get(key)
+        found: tuple[Tensor, list[Tensor]] | None = self._scratch.get(key)
         if found is None:
             whole = torch.empty((count, *shape), dtype=like.dtype, device=like.device)
             found = whole, list(whole.unbind())
-            if whole.nbytes <= KEPT_BYTES:
-                if len(self._scratch) == KEPT_SIZES:
-                    self._scratch.clear()
-                self._scratch[key] = found
+            self._keep(key, whole.nbytes, found)
         return found
+
+    def gathering(self, like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, list[Tensor], Callable[[], None]]:
+        """Working memory as of `scratch`, for this rank's part and for all ranks', and a function that gathers."""
+        key = ("gather", shape, like.dtype, like.device)
+        found: tuple[Tensor, list[Tensor], Callable[[], None]] | None = self._scratch.get(key)
+        if found is None:
+            whole = torch.empty((1 + self.size, *shape), dtype=like.dtype, device=like.device)
+            found = whole[0], list(whole[1:].unbind()), self.all_gather_again(whole[0], whole[1:])
+            self._keep(key, whole.nbytes, found)
+        return found
+
+    def _keep(self, key: tuple[object, ...], kept_bytes: int, made: object) -> None:
+        if kept_bytes <= KEPT_BYTES:
+            if len(self._scratch) == KEPT_SIZES:
+                self._scratch.clear()
+            self._scratch[key] = made
 
     def frames(self, frame_bytes: int) -> tuple[memoryview, memoryview, Callable[[], None]]:
         """Working memory for a frame of this rank and for one of each, and a function that fills in all ranks'."""
