@@ -51,12 +51,14 @@ struct Backward : Attention {
 
 constexpr int64_t LARGEST_DIM = 512;  // head_dim and v_dim
 
-// Two packed states of so many rows, each row's sum of values and then its lse, float or double.
+// Two packed states of so many rows, each row's sum of values and then its lse, float or double, and where the merged
+// rows' two parts go: to a or b too.
 struct Merge {
     Type type;
     const void *a, *b;
-    void* into;  // may be a or b
-    int64_t rows, width, row;  // rows are `row` elements apart
+    void *out, *lse;
+    int64_t rows, width;
+    int64_t row, out_row, lse_row;  // rows are so many elements apart
 };
 
 // The operations as compiled for one instruction set.

@@ -64,21 +64,21 @@ template <typename T> Shares<T> shares_of(Vector<T> lse_a, Vector<T> lse_b) {
     return {a / total, b / total, without_patterns<T>(top + logarithm<T>(total))};
 }
 
-template <typename T> void merge_row(const T* a, const T* b, T* into, int64_t v_dim, T share_a, T share_b, T lse) {
+// Returns the lse.
+template <typename T> T merge_row(const T* a, const T* b, T* out, int64_t v_dim, T share_a, T share_b, T lse) {
     constexpr T empty = -std::numeric_limits<T>::infinity();
     if (a[v_dim] == empty || b[v_dim] == empty) {
         const T *none = a[v_dim] == empty ? a : b, *other = a[v_dim] == empty ? b : a;
         lse = other[v_dim];
-        for (int64_t i = 0; i < v_dim; ++i) into[i] = none[i] == none[i] ? other[i] : none[i];
-        into[v_dim] = lse;
-        return;
+        for (int64_t i = 0; i < v_dim; ++i) out[i] = none[i] == none[i] ? other[i] : none[i];
+        return lse;
     }
 #pragma omp simd
     for (int64_t i = 0; i < v_dim; ++i) {
         const T sum = a[i] * share_a + b[i] * share_b;
-        into[i] = sum == sum ? sum : T(NAN_OF_ALL);
+        out[i] = sum == sum ? sum : T(NAN_OF_ALL);
     }
-    into[v_dim] = lse;
+    return lse;
 }
 
 // Without a row, the other operand's: nothing is done to it.
@@ -88,13 +88,17 @@ template <typename T> Vector<T> every(const T* from, int64_t row, int64_t rows) 
     return found;
 }
 
-template <typename T> void merge_rows(const T* a, const T* b, T* into, int64_t rows, int64_t width, int64_t row) {
+template <typename T> void merge_rows(const Merge& m) {
     constexpr int64_t n = lanes<T>;
-    for (int64_t first = 0; first < rows; first += n) {
-        const int64_t some = std::min(n, rows - first), at = first * row, v_dim = width - 1;
-        const Shares<T> shares = shares_of<T>(every(a + at + v_dim, row, some), every(b + at + v_dim, row, some));
+    const int64_t v_dim = m.width - 1;
+    for (int64_t first = 0; first < m.rows; first += n) {
+        const int64_t some = std::min(n, m.rows - first);
+        const T *a = static_cast<const T*>(m.a) + first * m.row, *b = static_cast<const T*>(m.b) + first * m.row;
+        T *out = static_cast<T*>(m.out) + first * m.out_row, *lse = static_cast<T*>(m.lse) + first * m.lse_row;
+        const Shares<T> shares = shares_of<T>(every(a + v_dim, m.row, some), every(b + v_dim, m.row, some));
         for (int64_t i = 0; i < some; ++i)
-            merge_row(a + at + i * row, b + at + i * row, into + at + i * row, v_dim, shares.a[i], shares.b[i], shares.lse[i]);
+            lse[i * m.lse_row] =
+                merge_row(a + i * m.row, b + i * m.row, out + i * m.out_row, v_dim, shares.a[i], shares.b[i], shares.lse[i]);
     }
 }
 
@@ -139,12 +143,8 @@ template void clear_states(float*, int64_t, int64_t, int64_t);
 template void clear_states(double*, int64_t, int64_t, int64_t);
 
 void merge(const Merge& m) {
-    if (m.type == Type::float64)
-        merge_rows(static_cast<const double*>(m.a), static_cast<const double*>(m.b), static_cast<double*>(m.into), m.rows,
-                   m.width, m.row);
-    else
-        merge_rows(static_cast<const float*>(m.a), static_cast<const float*>(m.b), static_cast<float*>(m.into), m.rows,
-                   m.width, m.row);
+    if (m.type == Type::float64) merge_rows<double>(m);
+    else merge_rows<float>(m);
 }
 
 }  // namespace SHARDSUM_ISA

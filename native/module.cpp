@@ -105,24 +105,34 @@ void backward(const std::string& isa, int type, const Sizes& sizes, const Stride
 }
 
 // Without an argument for the instruction set, the best is meant: a merge of a few rows takes less than finding it.
-void merge(int type, intptr_t a, intptr_t b, intptr_t into, int64_t rows, int64_t width) {
+void merge(const Merge& m) {
     static const Kernels& best = kernels_of(that_run_here().front());
-    const Merge m{Type(type), pointer<const void>(a), pointer<const void>(b), pointer<void>(into), rows, width, width};
-    if (rows * width < released_from) return best.merge(m);
+    if (m.rows * m.width < released_from) return best.merge(m);
     nb::gil_scoped_release release;
     best.merge(m);
 }
 
-// The rows of a state and its packed form, of so many bytes for `out` and for one lse in a row.
-template <bool packing>
-void pack(intptr_t out, intptr_t lse, intptr_t packed, int64_t rows, int64_t out_bytes, int64_t lse_bytes) {
-    const auto move = [](intptr_t apart, intptr_t together, int64_t bytes) {
-        std::memcpy(pointer<void>(packing ? together : apart), pointer<void>(packing ? apart : together), bytes);
-    };
-    for (int64_t row = 0; row < rows; ++row, packed += out_bytes + lse_bytes) {
-        move(out + row * out_bytes, packed, out_bytes);
-        move(lse + row * lse_bytes, packed + out_bytes, lse_bytes);
+void merge_packed(int type, intptr_t a, intptr_t b, intptr_t into, int64_t rows, int64_t width) {
+    const intptr_t lse = into + (width - 1) * (Type(type) == Type::float64 ? 8 : 4);
+    merge({Type(type), pointer<void>(a), pointer<void>(b), pointer<void>(into), pointer<void>(lse), rows, width, width, width, width});
+}
+
+// To a state whose rows lie one behind the other.
+void merge_apart(int type, intptr_t a, intptr_t b, intptr_t out, intptr_t lse, int64_t rows, int64_t width) {
+    merge({Type(type), pointer<void>(a), pointer<void>(b), pointer<void>(out), pointer<void>(lse), rows, width, width, width - 1, 1});
+}
+
+// The rows of a state and its packed form.
+template <bool PACKING, typename T> void pack_rows(T* out, T* lse, T* packed, int64_t rows, int64_t v_dim) {
+    for (int64_t row = 0; row < rows; ++row, out += v_dim, packed += v_dim + 1) {
+        std::memcpy(PACKING ? packed : out, PACKING ? out : packed, v_dim * sizeof(T));
+        (PACKING ? packed[v_dim] : lse[row]) = PACKING ? lse[row] : packed[v_dim];
     }
+}
+
+template <bool PACKING> void pack(int type, intptr_t out, intptr_t lse, intptr_t packed, int64_t rows, int64_t width) {
+    if (Type(type) == Type::float64) pack_rows<PACKING>(pointer<double>(out), pointer<double>(lse), pointer<double>(packed), rows, width - 1);
+    else pack_rows<PACKING>(pointer<float>(out), pointer<float>(lse), pointer<float>(packed), rows, width - 1);
 }
 
 double read_memory(const std::string& isa, intptr_t data, int64_t count, int threads) {
@@ -143,7 +153,8 @@ NB_MODULE(_native, m) {
     m.def("decode", forward<&Kernels::decode>);
     m.def("tree", forward<&Kernels::tree>);
     m.def("backward", backward);
-    m.def("merge", merge);
+    m.def("merge", merge_packed);
+    m.def("merge_apart", merge_apart);
     m.def("pack", pack<true>);
     m.def("unpack", pack<false>);
     m.def("read_memory", read_memory);

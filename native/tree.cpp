@@ -18,7 +18,7 @@ inline int64_t bits(int64_t x) { return x == 0 ? 0 : 64 - __builtin_clzll(uint64
 // States of rows, `row` elements apart: the left's keys come before the right's. `into` may be one of them.
 template <typename T>
 void merge_states(const T* left, const T* right, T* into, int64_t rows, int64_t v_dim, int64_t row) {
-    merge({sizeof(T) == 8 ? Type::float64 : Type::float32, left, right, into, rows, v_dim + 1, row});
+    merge({sizeof(T) == 8 ? Type::float64 : Type::float32, left, right, into, into + v_dim, rows, v_dim + 1, row, row, row});
 }
 
 // The states of a strip's rows over the leaves so far, merged as far as the tree allows: nodes of ever fewer levels.

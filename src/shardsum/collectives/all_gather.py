@@ -5,14 +5,22 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..comm import Communicator, Traffic
+from ..kernels.merging import pack_into, packed_shape
+from ..state import AttentionState
 from .base import Collective
-from .operations import Operation, combine_all
+from .operations import Operation, combine_all, merge_all
 
 
 class GatherAll(Collective):
     """All-gather, then the same combination on every rank: the fewest rounds, the most bytes."""
 
     name = "all_gather"
+
+    def all_reduce_state(self, comm: Communicator, state: AttentionState) -> None:
+        own, pieces, gather = comm.gathering(state.out, packed_shape(state))
+        pack_into(state, own)
+        gather()
+        merge_all(pieces, state)
 
     def _all_reduce(self, comm: Communicator, rows: Tensor, operation: Operation) -> None:
         whole, pieces = comm.scratch(rows, comm.size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..comm import Communicator, Traffic
+from ..state import AttentionState
 from .all_gather import GatherAll
 from .base import Collective
 from .exchange import RecursiveDoubling
@@ -32,6 +33,9 @@ class Auto(Collective):
 
     def messages_at_once(self, comm: Communicator) -> int:
         return comm.size - 1 if comm.size <= GATHERED_RANKS else 1
+
+    def all_reduce_state(self, comm: Communicator, state: AttentionState) -> None:
+        self.of(comm.size, state.out.nbytes + state.lse.nbytes).all_reduce_state(comm, state)
 
     def _all_reduce(self, comm: Communicator, rows: Tensor, operation: Operation) -> None:
         self.of(comm.size, rows.nbytes).all_reduce(comm, rows, operation)

@@ -8,7 +8,9 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from ..comm import Communicator, Traffic
-from .operations import Operation
+from ..kernels.merging import pack_into, packed_shape, unpack_into
+from ..state import AttentionState
+from .operations import MERGE, Operation
 
 
 class Collective(ABC):
@@ -26,6 +28,13 @@ class Collective(ABC):
         assert rows.ndim == 2
         if comm.size > 1 and rows.numel():
             self._all_reduce(comm, rows, operation)
+
+    def all_reduce_state(self, comm: Communicator, state: AttentionState) -> None:
+        """Replace `state` by all ranks' merged: contiguous, with rows, of one shape on each of several ranks."""
+        packed = comm.scratch(state.out, 1, "send", packed_shape(state))[1][0]
+        pack_into(state, packed)
+        self._all_reduce(comm, packed, MERGE)
+        unpack_into(packed, state)
 
     def traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic:
         """What this rank sends, in closed form: the communicator must count exactly this."""

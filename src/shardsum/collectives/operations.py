@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.compiled import native_module
-from ..kernels.merging import merge_packed
+from ..kernels.merging import merge_into, merge_packed
 from ..state import AttentionState
 
 
@@ -22,31 +21,6 @@ class Operation:
 
     name: str
     combine: Callable[[Tensor, Tensor, Tensor], None]
-
-
-def pack_into(state: AttentionState, packed: Tensor) -> None:
-    """Write the state, contiguous, to rows (rows, v_dim + 1)."""
-    if not _natively("pack", state, packed):
-        packed[:, :-1].copy_(state.out.view(len(packed), -1))
-        packed[:, -1].copy_(state.lse.view(-1))
-
-
-def unpack_into(packed: Tensor, state: AttentionState) -> None:
-    """Write rows (rows, v_dim + 1) to the state, which is contiguous."""
-    if not _natively("unpack", state, packed):
-        state.out.copy_(packed[:, :-1].view_as(state.out))
-        state.lse.copy_(packed[:, -1].view_as(state.lse))
-
-
-def _natively(name: str, state: AttentionState, packed: Tensor) -> bool:
-    native = native_module() if packed.is_cpu else None
-    if native is None:
-        return False
-    rows, width = packed.shape
-    item_bytes = packed.element_size()
-    pointers = state.out.data_ptr(), state.lse.data_ptr(), packed.data_ptr()
-    getattr(native, name)(*pointers, rows, (width - 1) * item_bytes, item_bytes)
-    return True
 
 
 def _add(a: Tensor, b: Tensor, into: Tensor) -> None:
@@ -68,11 +42,22 @@ def combine_all(pieces: Sequence[Tensor], operation: Operation, into: Tensor) ->
     The pieces are working memory. Numerics: the tree depends only on the number of pieces, so equal pieces give
     equal bits on every rank.
     """
-    step = 1
-    while step < len(pieces):
-        last = 2 * step >= len(pieces)
-        for i in range(0, len(pieces) - step, 2 * step):
-            operation.combine(pieces[i], pieces[i + step], into if last else pieces[i])
-        step *= 2
-    if len(pieces) == 1 and pieces[0] is not into:
+    if len(pieces) > 1:
+        operation.combine(*_last_two(pieces, operation), into)
+    elif pieces[0] is not into:
         into.copy_(pieces[0])
+
+
+def merge_all(pieces: Sequence[Tensor], state: AttentionState) -> None:
+    """Write the merge of two or more pieces to a contiguous state: what `combine_all` makes of them."""
+    merge_into(*_last_two(pieces, MERGE), state)
+
+
+def _last_two(pieces: Sequence[Tensor], operation: Operation) -> tuple[Tensor, Tensor]:
+    """What the tree's root combines."""
+    step = 1
+    while 2 * step < len(pieces):
+        for i in range(0, len(pieces) - step, 2 * step):
+            operation.combine(pieces[i], pieces[i + step], pieces[i])
+        step *= 2
+    return pieces[0], pieces[step]

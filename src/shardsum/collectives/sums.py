@@ -11,7 +11,7 @@ from ..comm import Communicator
 from ..kernels import pack, unpack
 from ..state import AttentionState
 from .base import Collective
-from .operations import MERGE, SUM, Operation, combine_all, pack_into, unpack_into
+from .operations import MERGE, SUM, Operation, combine_all
 
 
 def all_reduce_states(comm: Communicator, state: AttentionState, collective: Collective) -> AttentionState:
@@ -20,15 +20,11 @@ def all_reduce_states(comm: Communicator, state: AttentionState, collective: Col
     It takes the place of `state` in memory, if that is contiguous.
     Traffic: what the collective declares for as many rows, of v_dim + 1 numbers each.
     """
-    if comm.size == 1:
+    if comm.size == 1 or not state.lse.numel():
         return state
     if not (state.out.is_contiguous() and state.lse.is_contiguous()):
         state = AttentionState(state.out.contiguous(), state.lse.contiguous())
-    shape = (state.lse.numel(), state.out.shape[-1] + 1)
-    packed = comm.scratch(state.out, 1, "send", shape)[1][0]
-    pack_into(state, packed)
-    collective.all_reduce(comm, packed, MERGE)
-    unpack_into(packed, state)
+    collective.all_reduce_state(comm, state)
     return state
 
 

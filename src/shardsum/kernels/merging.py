@@ -20,16 +20,59 @@ def unpack(packed: Tensor) -> AttentionState:
     return AttentionState(packed.narrow(-1, 0, v_dim), packed.select(-1, v_dim))
 
 
+def packed_shape(state: AttentionState) -> tuple[int, int]:
+    """That of the state as rows (rows, v_dim + 1)."""
+    return state.lse.numel(), state.out.shape[-1] + 1
+
+
+def pack_into(state: AttentionState, packed: Tensor) -> None:
+    """Write the state, contiguous, to rows (rows, v_dim + 1)."""
+    native = native_module() if packed.is_cpu else None
+    if native is not None:
+        rows, width = packed.shape
+        native.pack(_type(packed), state.out.data_ptr(), state.lse.data_ptr(), packed.data_ptr(), rows, width)
+        return
+    packed[:, :-1].copy_(state.out.view(len(packed), -1))
+    packed[:, -1].copy_(state.lse.view(-1))
+
+
+def unpack_into(packed: Tensor, state: AttentionState) -> None:
+    """Write rows (rows, v_dim + 1) to the state, which is contiguous."""
+    native = native_module() if packed.is_cpu else None
+    if native is not None:
+        rows, width = packed.shape
+        native.unpack(_type(packed), state.out.data_ptr(), state.lse.data_ptr(), packed.data_ptr(), rows, width)
+        return
+    state.out.copy_(packed[:, :-1].view_as(state.out))
+    state.lse.copy_(packed[:, -1].view_as(state.lse))
+
+
 def merge_packed(a: Tensor, b: Tensor, into: Tensor) -> None:
     """Write the merge of rows (rows, v_dim + 1) to `into`, which may be a or b; all are contiguous."""
     native = native_module() if a.is_cpu else None
     if native is not None:
-        wide = 3 if a.dtype == torch.float64 else 0
-        native.merge(wide, a.data_ptr(), b.data_ptr(), into.data_ptr(), a.shape[0], a.shape[1])
+        rows, width = a.shape
+        native.merge(_type(a), a.data_ptr(), b.data_ptr(), into.data_ptr(), rows, width)
         return
     merged = merge(unpack(a), unpack(b))
     into[..., :-1].copy_(merged.out).add_(0.0)  # -0.0 becomes 0.0, as beside an empty state
     into[..., -1].copy_(merged.lse)
+
+
+def merge_into(a: Tensor, b: Tensor, state: AttentionState) -> None:
+    """Write the merge of rows (rows, v_dim + 1), contiguous, to a state that is too; b is working memory."""
+    native = native_module() if a.is_cpu else None
+    if native is not None:
+        pointers = a.data_ptr(), b.data_ptr(), state.out.data_ptr(), state.lse.data_ptr()
+        native.merge_apart(_type(a), *pointers, *a.shape)
+        return
+    merge_packed(a, b, b)
+    unpack_into(b, state)
+
+
+def _type(x: Tensor) -> int:
+    """What the native functions call its dtype."""
+    return 3 if x.dtype == torch.float64 else 0
 
 
 def merge_alike(a: AttentionState, b: AttentionState) -> AttentionState:
