@@ -1,6 +1,8 @@
 // C (+)= A B for tiles that lie in cache: the only matrix product, of every operation.
 #pragma once
 
+#include <algorithm>
+
 #include "vector.h"
 
 namespace SHARDSUM_ISA {
@@ -14,7 +16,7 @@ constexpr int TILE_ROWS = 6, TILE_VECTORS = 2;
 
 // So many columns are a panel: what one tile reads of B lies together.
 template <typename T> constexpr int PANEL = TILE_VECTORS * VECTOR_BYTES / sizeof(T);
-// A score sums so many elements in order, and then these sums: in longer ones roundings add up.
+// A score sums so many elements in order, and then these sums: in longer ones roundings add up. AMX sums all in order.
 constexpr int64_t ELEMENTS_IN_ORDER = 128;
 template <typename T> using Sum = std::conditional_t<std::is_same_v<T, Pair>, float, T>;
 
@@ -168,5 +170,14 @@ struct TileRegisters {
     TileRegisters() {}  // not trivial: no warning of an unused variable
 };
 #endif
+
+// C = A B for scores and what else sums over head_dim or v_dim, in the order that they have everywhere.
+template <typename T> void multiply_scores(Product<T> p) {
+    const int64_t all = p.inner, step = INNER_STEP<T> > 1 ? all : ELEMENTS_IN_ORDER / ELEMENTS<T>;
+    for (int64_t done = 0; done < all; done += step, p.a += step * p.a_inner, p.b += step * p.b_row) {
+        p.inner = std::min(step, all - done), p.add = done > 0;
+        multiply<T>(p);
+    }
+}
 
 }  // namespace SHARDSUM_ISA

@@ -15,8 +15,6 @@ template <> struct PackedOf<double> { typedef double type; };
 template <> struct PackedOf<bfloat16> { typedef Pair type; };
 #endif
 
-template <typename P> constexpr int64_t ELEMENTS = std::is_same_v<P, Pair> ? 2 : 1;  // in one of P
-
 inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 template <typename E> inline const E* row_of(const Tensor& t, int64_t sequence, int64_t head, int64_t row) {

@@ -196,9 +196,8 @@ private:
         for (int64_t j = begin / PANEL<P> * PANEL<P>; j < end; j += PANEL<P>) {
             if (multiply_keys_in_place(r, key, size, j, std::min(j + PANEL<P>, end))) continue;
             pack_keys(key, size, j);
-            for (int64_t d = 0; d < inner; d += ELEMENTS_IN_ORDER / PER)
-                multiply<P>({q + r * inner + d, inner, 1, k + j * inner + d * PANEL<P>, PANEL<P>, scores + j, KEYS<P>, padded_count,
-                             std::min(int64_t(PANEL<P>), end - j), std::min(ELEMENTS_IN_ORDER / PER, inner - d), d > 0});
+            multiply_scores<P>({q + r * inner, inner, 1, k + j * inner, PANEL<P>, scores + j, KEYS<P>, padded_count,
+                                std::min(int64_t(PANEL<P>), end - j), inner, false});
         }
         if (plain && a.dropout_p == 0 && size % KEY_STEP == 0 && span.covers(key, size))
             for (int64_t i = 0; i < count; i++) weigh<false>(r + i, key, {0, size}, product_factor<T>(a), scores + i * KEYS<P>);

@@ -25,6 +25,7 @@ struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
 // Two neighbours along the inner dimension of a product, as the bfloat16 instructions take them.
 struct Pair { uint32_t bits; };
+template <typename P> constexpr int64_t ELEMENTS = std::is_same_v<P, Pair> ? 2 : 1;  // in one of P
 
 template <typename T> struct VectorOf { typedef T type __attribute__((vector_size(VECTOR_BYTES))); };
 template <typename T> using Vector = typename VectorOf<T>::type;

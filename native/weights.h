@@ -56,7 +56,7 @@ private:
 
     // The products of keys or values with the tile's rows.
     static void of_rows(const P* left, int64_t inner, int64_t key, const P* columns, int64_t keys, T* products) {
-        multiply<P>({left + key * inner, inner, 1, columns, ROWS, products, ROWS, keys, ROWS, inner, false});
+        multiply_scores<P>({left + key * inner, inner, 1, columns, ROWS, products, ROWS, keys, ROWS, inner, false});
     }
 
     static void add(const T* left, const P* panels, const Widths<P>& widths, int64_t keys, T* sums) {

@@ -197,3 +197,16 @@ def test_float32_is_about_as_accurate_as_aten(isa: str) -> None:
     ours = NativeKernel(isa).backward(q, k, v, *causal(1024, 1024), Scores(0.125), gradient)
     for mine, other, whole in zip((ours.q, ours.k, ours.v), theirs, expected, strict=True):
         assert relative_norm(mine, whole) <= 1.2 * relative_norm(other, whole)
+
+
+@each_instruction_set
+@pytest.mark.parametrize("head_dim", [64, 512])
+def test_scores_are_those_of_the_forward(isa: str, head_dim: int) -> None:
+    """A row that sees one key has all of its weight there: what the two differ by is in dv."""
+    q, k = (2 * normal(i, 1, 2, 150, head_dim, dtype=torch.float32) for i in range(2))
+    v, d_out = (normal(i, 1, 2, 150, 16, dtype=torch.float32) for i in range(2))
+    lo, scores = torch.arange(150).unsqueeze(0), Scores(head_dim**-0.5)
+    lse = NativeKernel(isa).forward(q, k, v, lo, lo + 1, scores).lse
+    gradient = OutputGradient(d_out, lse, (d_out * v).sum(dim=-1))
+    found = NativeKernel(isa).backward(q, k, v, lo, lo + 1, scores, gradient)
+    assert relative_norm(found.v, d_out) < 3e-7

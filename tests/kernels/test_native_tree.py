@@ -158,6 +158,20 @@ def test_a_rows_bits_depend_on_nothing_else(isa: str, dtype: torch.dtype, mask: 
         assert_same_bits(alone, part(state, all_of, all_of, one), f"row {row} alone")
 
 
+@each_instruction_set
+@each_dtype
+@pytest.mark.parametrize("head_dim", [128, 192, 512])
+def test_few_rows_have_the_bits_of_many_where_scores_are_sums_of_sums(
+    isa: str, dtype: torch.dtype, head_dim: int
+) -> None:
+    """Few rows are multiplied where keys lie, many with packed keys."""
+    q, k, v = (normal(i, 1, 1, length, head_dim, dtype=dtype) for i, length in enumerate((40, 512, 512)))
+    lo = torch.zeros(1, 40, dtype=torch.int64)
+    whole = Call(q, k, v, lo, lo + 512, Scores(head_dim**-0.5))
+    for rows in (slice(0, 1), slice(7, 12)):
+        assert_same_bits(whole.rows(rows).state(isa), part(whole.state(isa), slice(None), slice(None), rows))
+
+
 def over_segments(of: Call, isa: str, ranges: list[tuple[int, int]]) -> list[Tensor]:
     states = [of.keys(begin * SEGMENT, min(end * SEGMENT, KV_LEN)).state(isa) for begin, end in ranges]
     return [pack(state).flatten(0, 2) for state in states]
