@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .errors import Unsupported
+from .memory import kept_memory
 from .quantized import Quantized
 
 # Storage grows by a 32nd, at least 32 positions: about 3 % of it lies idle at most.
@@ -76,7 +77,7 @@ class LayerStorage:
         held = self._held[0].shape[2]
         if slots <= held and self._held[0].shape[0] == batch:
             return
-        capacity = slots if held == 0 else slots + max(slots // GROWTH_SHARE, GROWTH_POSITIONS)
+        capacity = slots if held == 0 else room(slots)
         self._held = [_grown(x, batch, capacity) for x in self._held]
 
     def write(self, row: slice, first: int, k: Tensor, v: Tensor) -> None:
@@ -94,8 +95,13 @@ class LayerStorage:
             self.lengths = tuple(self.lengths[sequence] for sequence in order.tolist())
 
 
+def room(slots: int) -> int:
+    """How many slots to make where so many are needed, and more will be."""
+    return slots + max(slots // GROWTH_SHARE, GROWTH_POSITIONS)
+
+
 def _grown(x: Tensor, batch: int, capacity: int) -> Tensor:
-    grown = x.new_empty(batch, x.shape[1], capacity, x.shape[3])
+    grown = kept_memory(batch, x.shape[1], capacity, x.shape[3], dtype=x.dtype, device=x.device)
     if x.shape[0]:
         grown[:, :, : x.shape[2]] = x
     return grown

@@ -27,7 +27,7 @@ from shardsum.collectives import (
     least_rounds,
     reduce_over_ranks,
 )
-from shardsum.comm import Communicator, Traffic
+from shardsum.comm import Communicator, Traffic, subgroup
 from shardsum.comm.threads import Hub, ThreadCommunicator
 from shardsum.kernels import merging, pack, unpack
 
@@ -98,6 +98,26 @@ def test_states_on_every_rank_are_the_union_bit_for_bit(name: str, size: int) ->
 def test_states_without_the_native_merge(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merging, "native_module", lambda: None)
     check_states(name, 5, 7, torch.float32)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_groups_of_ranks_reduce_among_themselves(name: str) -> None:
+    """Rows, columns and all of four ranks, states of one shape after another."""
+
+    def members(rank: int) -> list[list[int]]:
+        row, column = divmod(rank, 2)
+        return [[2 * row, 2 * row + 1], [column, column + 2], [0, 1, 2, 3]]
+
+    def run(comm: Communicator) -> list[AttentionState]:
+        groups = [subgroup(comm, some) for some in members(comm.rank)]
+        states = [all_reduce_states(group, part(comm.rank, 7), MADE[name](group.size)) for group in groups * 2]
+        return states[3:]
+
+    for rank, states in enumerate(launch(run, ranks=4, transport="threads", deadline=20)):
+        for some, found in zip(members(rank), states, strict=True):
+            expected = union([part(other, 7) for other in some])
+            assert_close(found.out, expected.out, 2e-5, "out")
+            assert_close(found.lse, expected.lse, 2e-6, "lse")
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -317,3 +337,30 @@ def test_auto_looks_at_bytes_and_ranks() -> None:
     assert Auto().of(2, 16512).name == "all_gather"
     assert Auto().of(8, 16512).name == "recursive_doubling"
     assert Auto().of(2, 1 << 26).name == Auto().of(8, 1 << 26).name == "rabenseifner"
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("name", MADE)
+def test_what_calls_in_inference_mode_leave_behind(
+    name: str, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr(merging, "native_module", lambda: None)
+    q, k, v = (torch.randn(1, 4, 12, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+
+    def run(comm: Communicator) -> Tensor:
+        cache = shardsum.KVCache(comm=comm, layers=1, kv_heads=4, head_dim=8)
+
+        def step() -> Tensor:
+            cache.append(0, k, v)
+            found: Tensor = cache.attend(0, q, causal=False, collective=MADE[name](comm.size))
+            return found
+
+        with torch.inference_mode():
+            step()
+        attended(comm, name)  # with gradients
+        return step()
+
+    expected = (q.double() @ k.double().mT / math.sqrt(8)).softmax(dim=3) @ v.double()
+    for found in launch(run, ranks=3, transport="threads", deadline=20):
+        assert_close(found, expected, 2e-6, "out")

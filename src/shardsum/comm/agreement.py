@@ -31,13 +31,12 @@ _encode, _decode = json.JSONEncoder(sort_keys=True).encode, json.JSONDecoder().r
 _MAGIC, _VERSION = b"ssum", 4
 # What a header may announce. Positions of a longer sequence would be 8 TB by themselves.
 _MAX_DESCRIPTION_BYTES, _MAX_LENGTH, _MAX_CALLS = 1 << 16, 1 << 40, 1 << 62
-_KEPT_NAMES = 1024  # more than a model has layers
 
 
 class Description:
     """What must be equal on all ranks: values as JSON text, and the call's name behind them, with their digest.
 
-    Many calls have the same values and other names, and come again and again: `called` keeps what it made.
+    Many calls have the same values and other names: `called` encodes nothing anew.
     """
 
     def __init__(self, text: bytes, hashed: Any) -> None:
@@ -45,7 +44,6 @@ class Description:
         self.text = text[:_MAX_DESCRIPTION_BYTES]
         self.text_bytes, self.digest = len(self.text), hashed.digest()
         self._hashed = hashed
-        self._called: dict[str, Description] = {}
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Description:
@@ -62,15 +60,10 @@ class Description:
         return cls(text.encode(), hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES))
 
     def called(self, name: str) -> Description:
-        """The same values of a call of that name."""
-        found = self._called.get(name)
-        if found is None:
-            hashed = self._hashed.copy()
-            hashed.update(name.encode())
-            if len(self._called) == _KEPT_NAMES:
-                self._called.clear()
-            found = self._called[name] = Description(self.text + name.encode(), hashed)
-        return found
+        """The same values of a call of that name, where none has been given yet."""
+        hashed, called = self._hashed.copy(), name.encode()
+        hashed.update(called)
+        return Description(self.text + called, hashed)
 
 
 class _Header(NamedTuple):

@@ -8,12 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import RankLost
+from ..memory import kept_memory
 
 DEFAULT_DEADLINE_SECONDS = 300.0
 # When a rank has failed, the others get this long to say so too before they are ended.
@@ -26,6 +27,9 @@ KEPT_BYTES, KEPT_SIZES = 1 << 24, 8
 NOTHING = torch.empty(0, dtype=torch.uint8)
 # What is sent, to whom, where to receive, from whom.
 Message = tuple[Tensor, int, Tensor, int]
+# This rank's part, everyone's, and what fills in the latter.
+Gathering = tuple[Tensor, list[Tensor], Callable[[], None]]
+T = TypeVar("T")
 
 
 @dataclass
@@ -80,7 +84,8 @@ class Communicator(ABC):
         self.calls = self.epoch = 0
         self.closed = False
         self._lost: str | None = None
-        self._scratch: dict[tuple[object, ...], Any] = {}
+        self._scratch: dict[tuple[object, ...], tuple[Tensor, list[Tensor]]] = {}
+        self._gatherings: dict[tuple[object, ...], Gathering] = {}  # of this group's ranks, and of no other's
         self._hosts: tuple[str, ...] | None = None
         self._frames: tuple[memoryview, memoryview, Callable[[], None]] | None = None
 
@@ -155,33 +160,27 @@ class Communicator(ABC):
         """Working memory (count, *shape), and its parts: the same at every call for one use, whatever is in it."""
         shape = like.shape if shape is None else shape
         key = (use, count, shape, like.dtype, like.device)
-        found: tuple[Tensor, list[Tensor]] | None = self._scratch.get(key)
+        found = self._scratch.get(key)
         if found is None:
-            whole = torch.empty((count, *shape), dtype=like.dtype, device=like.device)
+            whole = kept_memory(count, *shape, dtype=like.dtype, device=like.device)
             found = whole, list(whole.unbind())
-            self._keep(key, whole.nbytes, found)
+            _keep(self._scratch, key, found, whole.nbytes)
         return found
 
-    def gathering(self, like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, list[Tensor], Callable[[], None]]:
+    def gathering(self, like: Tensor, shape: tuple[int, ...]) -> Gathering:
         """Working memory as of `scratch`, for this rank's part and for all ranks', and a function that gathers."""
-        key = ("gather", shape, like.dtype, like.device)
-        found: tuple[Tensor, list[Tensor], Callable[[], None]] | None = self._scratch.get(key)
+        key = (shape, like.dtype, like.device)
+        found = self._gatherings.get(key)
         if found is None:
-            whole = torch.empty((1 + self.size, *shape), dtype=like.dtype, device=like.device)
+            whole = kept_memory(1 + self.size, *shape, dtype=like.dtype, device=like.device)
             found = whole[0], list(whole[1:].unbind()), self.all_gather_again(whole[0], whole[1:])
-            self._keep(key, whole.nbytes, found)
+            _keep(self._gatherings, key, found, whole.nbytes)
         return found
-
-    def _keep(self, key: tuple[object, ...], kept_bytes: int, made: object) -> None:
-        if kept_bytes <= KEPT_BYTES:
-            if len(self._scratch) == KEPT_SIZES:
-                self._scratch.clear()
-            self._scratch[key] = made
 
     def frames(self, frame_bytes: int) -> tuple[memoryview, memoryview, Callable[[], None]]:
         """Working memory for a frame of this rank and for one of each, and a function that fills in all ranks'."""
         if self._frames is None or self._frames[0].nbytes != frame_bytes:
-            own, everyones = (torch.zeros(count * frame_bytes, dtype=torch.uint8) for count in (1, self.size))
+            own, everyones = (kept_memory(count * frame_bytes, dtype=torch.uint8) for count in (1, self.size))
             self._frames = own.numpy().data, everyones.numpy().data, self.all_gather_again(own, everyones)
         return self._frames
 
@@ -251,6 +250,13 @@ def as_bytes(part: Tensor) -> Tensor:
     if part.dtype == torch.uint8 and part.ndim == 1 and part.is_contiguous():
         return part
     return part.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _keep(kept: dict[tuple[object, ...], T], key: tuple[object, ...], made: T, made_bytes: int) -> None:
+    if made_bytes <= KEPT_BYTES:
+        if len(kept) == KEPT_SIZES:
+            kept.clear()
+        kept[key] = made
 
 
 def _call_all(waits: Sequence[Callable[[], None]]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..problem import Problem
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int8: 4}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int8: 4}
 LARGEST_DIM = 512
 # Up to so many rows for each KV head, decode is faster than prefill.
 DECODE_ROWS = 16
@@ -116,7 +116,7 @@ def call(
     isa = given.instruction_set or instruction_sets()[0]
     return (
         isa,
-        _TYPES[k.dtype],
+        TYPES[k.dtype],
         problem[:7],
         *tensors[:3],
         (*of_scales, pages),

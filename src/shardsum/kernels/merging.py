@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..state import AttentionState, merge
-from .compiled import native_module
+from .compiled import TYPES, native_module
 
 
 def pack(state: AttentionState) -> Tensor:
@@ -30,7 +30,9 @@ def pack_into(state: AttentionState, packed: Tensor) -> None:
     native = native_module() if packed.is_cpu else None
     if native is not None:
         rows, width = packed.shape
-        native.pack(_type(packed), state.out.data_ptr(), state.lse.data_ptr(), packed.data_ptr(), rows, width)
+        native.pack(
+            TYPES[packed.dtype], state.out.data_ptr(), state.lse.data_ptr(), packed.data_ptr(), rows, width
+        )
         return
     packed[:, :-1].copy_(state.out.view(len(packed), -1))
     packed[:, -1].copy_(state.lse.view(-1))
@@ -41,7 +43,9 @@ def unpack_into(packed: Tensor, state: AttentionState) -> None:
     native = native_module() if packed.is_cpu else None
     if native is not None:
         rows, width = packed.shape
-        native.unpack(_type(packed), state.out.data_ptr(), state.lse.data_ptr(), packed.data_ptr(), rows, width)
+        native.unpack(
+            TYPES[packed.dtype], state.out.data_ptr(), state.lse.data_ptr(), packed.data_ptr(), rows, width
+        )
         return
     state.out.copy_(packed[:, :-1].view_as(state.out))
     state.lse.copy_(packed[:, -1].view_as(state.lse))
@@ -52,7 +56,7 @@ def merge_packed(a: Tensor, b: Tensor, into: Tensor) -> None:
     native = native_module() if a.is_cpu else None
     if native is not None:
         rows, width = a.shape
-        native.merge(_type(a), a.data_ptr(), b.data_ptr(), into.data_ptr(), rows, width)
+        native.merge(TYPES[a.dtype], a.data_ptr(), b.data_ptr(), into.data_ptr(), rows, width)
         return
     merged = merge(unpack(a), unpack(b))
     into[..., :-1].copy_(merged.out).add_(0.0)  # -0.0 becomes 0.0, as beside an empty state
@@ -64,15 +68,10 @@ def merge_into(a: Tensor, b: Tensor, state: AttentionState) -> None:
     native = native_module() if a.is_cpu else None
     if native is not None:
         pointers = a.data_ptr(), b.data_ptr(), state.out.data_ptr(), state.lse.data_ptr()
-        native.merge_apart(_type(a), *pointers, *a.shape)
+        native.merge_apart(TYPES[a.dtype], *pointers, *a.shape)
         return
     merge_packed(a, b, b)
     unpack_into(b, state)
-
-
-def _type(x: Tensor) -> int:
-    """What the native functions call its dtype."""
-    return 3 if x.dtype == torch.float64 else 0
 
 
 def merge_alike(a: AttentionState, b: AttentionState) -> AttentionState:
