@@ -80,9 +80,24 @@ def test_shards_are_whole_segments(length: int, size: int, name: str) -> None:
 
 def test_few_nodes_for_a_contiguous_shard() -> None:
     for first, end in itertools.combinations(range(40), 2):
-        assert len(cover(range(first, end), 40 * SEGMENT)) <= 2 * (end - first).bit_length()
+        assert len(cover(tuple(range(first, end)), 40)) <= 2 * (end - first).bit_length()
 
 
 def test_a_segment_that_is_cut_is_refused() -> None:
     with pytest.raises(Unsupported, match="whole segments of 256"):
         held_segments(torch.arange(300), 1000)
+
+
+@given(st.data(), st.integers(1, 1500))
+def test_any_positions_are_whole_segments_or_refused(data: st.DataObject, length: int) -> None:
+    chosen = data.draw(st.sets(st.integers(0, segments(length) - 1)))
+    parts = [set(range(s * SEGMENT, min((s + 1) * SEGMENT, length))) for s in sorted(chosen)]
+    held = set().union(*parts) ^ data.draw(st.sets(st.integers(0, length - 1), max_size=2))
+    numbers = sorted({p // SEGMENT for p in held})
+    whole = all(set(range(s * SEGMENT, min((s + 1) * SEGMENT, length))) <= held for s in numbers)
+    positions = torch.tensor(sorted(held), dtype=torch.int64)
+    if whole:
+        assert held_segments(positions, length) == numbers
+    else:
+        with pytest.raises(Unsupported):
+            held_segments(positions, length)

@@ -15,6 +15,7 @@ from .attend import Prepared
 from .comm import Communicator, agree, agree_on, as_communicator
 from .errors import Unsupported
 from .layouts import Layout, Placement, as_layout
+from .owners import Owners
 from .problem import DTYPES
 from .storage import LayerStorage
 from .tree import unit
@@ -73,9 +74,7 @@ class KVCache:
 
     def reset(self) -> None:
         """Forget everything and give the memory back."""
-        # Position p of every sequence lies on rank _owners[p].
-        self._owners = torch.empty(0, dtype=torch.int64)
-        self._placement: Placement | None = None
+        self._owners = Owners(self.comm.size, self._unit)  # of every sequence's positions
         self._reordered = 0  # a digest of the orders since then
         self._kept: dict[tuple[object, ...], Prepared] = {}
         for layer in self._layers:
@@ -113,19 +112,19 @@ class KVCache:
         Raises: ValueError for shapes that do not fit the cache; Mismatch where the ranks' calls differ (without
         `layout` only the next `attend` finds out); Unsupported for shards behind sequences of different lengths.
         """
-        if layout is None:
-            self._layer(layer).check(k, v)
-            new, owners = k.shape[2], None
-        else:
-            placement = self._agree_on_shards(layer, k, v, layout, lengths)
-            new, owners = placement.length, _owners(placement)
+        shards = None if layout is None else self._agree_on_shards(layer, k, v, layout, lengths)
         store = self._layer(layer)
+        if shards is None:
+            store.check(k, v)
+        new = k.shape[2] if shards is None else shards.length
         start = store.lengths or (0,) * k.shape[0]
         valid = (new,) * len(start) if lengths is None else _valid(lengths, len(start), new)
         even = len(set(start)) == 1
         ends = tuple(map(operator.add, start, valid))
-        self._assign(start[0] if even else None, max(ends), owners)
-        mine = self._place(max(ends)).positions[self.comm.rank]
+        if shards is not None:
+            self._owners.take_shards(start[0] if even else None, max(ends), shards)
+        self._owners.take_turns(max(ends))
+        mine = self._owners.placement(max(ends)).positions[self.comm.rank]
         store.reserve(len(start), len(mine))
         together = [(slice(None), start[0], max(valid))]
         single = [(slice(b, b + 1), start[b], valid[b]) for b in range(len(start))]
@@ -159,7 +158,7 @@ class KVCache:
         given = {"causal": causal, "q_replicated": q_replicated, "layout": layout or "contiguous", **options}
         try:
             store = self._layer(layer)
-            placement = self._place(store.longest)
+            placement = self._owners.placement(store.longest)
             k, v, scales = store.read(q.shape[0], len(placement.positions[self.comm.rank]))
             prepared = self._prepared(store, placement, q, k, v, given)
         except Exception as mistake:
@@ -214,8 +213,7 @@ class KVCache:
 
     def _forget_owners(self) -> None:
         """Positions that no sequence has any more may come to lie elsewhere."""
-        self._owners = self._owners[: max((layer.longest for layer in self._layers), default=0)]
-        self._placement = None
+        self._owners.crop(max((layer.longest for layer in self._layers), default=0))
 
     def _layer(self, layer: int) -> LayerStorage:
         if not 0 <= layer < len(self._layers):
@@ -240,54 +238,6 @@ class KVCache:
 
         held = [length for _, length in agree_on(self.comm, describe, k, k)]
         return Placement.of(as_layout(layout), held, "new tokens", self._unit)
-
-    def _assign(self, base: int | None, last: int, owners: Tensor | None) -> None:
-        """Give the positions before `last` that lie nowhere yet to ranks: sharded from `base`, or in turn."""
-        known = len(self._owners)
-        if owners is None and last <= known:
-            return
-        if owners is None:
-            new = self._in_turn(known, last)
-        else:
-            if base is None:
-                raise Unsupported(
-                    "sharded tokens can't follow sequences of different lengths. Append them without layout."
-                )
-            if base % self._unit:
-                raise Unsupported(
-                    f"in a reproducible cache sharded tokens begin a segment of {self._unit} positions: "
-                    f"got tokens from position {base} on. Append them without layout."
-                )
-            again = min(known, last) - base
-            if not torch.equal(owners[:again], self._owners[base : base + again]):
-                raise ValueError("every layer must be sharded alike: these positions lie on other ranks already.")
-            new = owners[again : last - base]
-        if len(new):
-            self._owners = torch.cat([self._owners, new])
-
-    def _in_turn(self, first: int, last: int) -> Tensor:
-        """The ranks of positions that come one by one: unit after unit; one that has begun goes on where it is."""
-        new = torch.arange(first, last) // self._unit % self.comm.size
-        begun = -first % self._unit
-        if begun:
-            new[:begun] = self._owners[-1]
-        return new
-
-    def _positions(self, length: int, rank: int) -> Tensor:
-        return (self._owners[:length] == rank).nonzero().flatten()
-
-    def _place(self, length: int) -> Placement:
-        """Where the first `length` positions lie, kept for the next layer."""
-        if self._placement is None or self._placement.length != length:
-            self._placement = Placement(tuple(self._positions(length, rank) for rank in range(self.comm.size)))
-        return self._placement
-
-
-def _owners(placement: Placement) -> Tensor:
-    owners = torch.empty(placement.length, dtype=torch.int64)
-    for rank, positions in enumerate(placement.positions):
-        owners[positions] = rank
-    return owners
 
 
 def _valid(lengths: Indices, batch: int, new: int) -> tuple[int, ...]:

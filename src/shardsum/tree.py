@@ -9,7 +9,8 @@ nodes of others computes the rest. So floating-point numbers meet in the same or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -102,17 +103,18 @@ def segments(length: int) -> int:
     return -(-length // SEGMENT)
 
 
-def cover(held: Iterable[int], length: int) -> list[Node]:
-    """The largest nodes that have none but these segments, in the segments' order."""
+@functools.lru_cache(maxsize=128)  # a token seldom begins a segment
+def cover(held: tuple[int, ...], count: int) -> tuple[Node, ...]:
+    """The largest nodes that have none but these of `count` segments, in the segments' order."""
     leaves: dict[Node, None] = {Node(0, segment): None for segment in held}
-    forest = Forest(segments(length), lambda a, b: None, None, leaves)
-    return sorted(forest.nodes, key=lambda node: node.first)
+    forest = Forest(count, lambda a, b: None, None, leaves)
+    return tuple(sorted(forest.nodes, key=lambda node: node.first))
 
 
 def spans(positions: Int[Tensor, " positions"], length: int) -> list[tuple[Node, slice]]:
     """The nodes that cover whole segments at these increasing positions, and where among them each node's lie."""
     found, start = [], 0
-    for node in cover(held_segments(positions, length), length):
+    for node in cover(tuple(held_segments(positions, length)), segments(length)):
         end = start + node.positions(length)
         found.append((node, slice(start, end)))
         start = end
@@ -120,12 +122,15 @@ def spans(positions: Int[Tensor, " positions"], length: int) -> list[tuple[Node,
 
 
 def held_segments(positions: Int[Tensor, " positions"], length: int) -> list[int]:
-    """The numbers of the segments at these positions. Raises: Unsupported where one is not there whole."""
-    numbers, counts = torch.unique_consecutive(positions // SEGMENT, return_counts=True)
-    whole = (length - numbers * SEGMENT).clamp(max=SEGMENT)
-    if not torch.equal(counts, whole):
+    """The numbers of the segments at these increasing positions. Raises: Unsupported where one is not whole."""
+    first, last = positions[::SEGMENT], positions[SEGMENT - 1 :: SEGMENT]
+    if len(last) < len(first):
+        last = torch.cat([last, positions[-1:]])
+    # Between its first position and its last a segment that is as long as they are apart has all.
+    whole = (first % SEGMENT == 0) & (last == (first + SEGMENT).clamp(max=length) - 1)
+    if not whole.all() or int((last - first + 1).sum()) != len(positions):
         raise Unsupported(
             f"reproducible needs whole segments of {SEGMENT} positions on every rank. Cut with "
             "shardsum.shard(..., reproducible=True), or hold tokens in KVCache(..., reproducible=True)."
         )
-    return numbers.tolist()  # type: ignore[no-any-return]
+    return (first // SEGMENT).tolist()
