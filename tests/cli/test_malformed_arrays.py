@@ -67,3 +67,13 @@ def test_malformed_arrays(kind: str, count: int, seed: int, tmp_path: Path, allo
     spoiled = spoil.get(kind, lambda draw: mutated(draw, whole, header_bytes))
     assert _fuzz(count, seed, path, spoiled) > count // 3
     assert allocated() < CAP_BYTES
+
+
+@pytest.mark.parametrize("descr", ["|S0", "|U0", "|V0", "<f4"])
+def test_a_negative_size_is_no_division_by_nothing(descr: str, tmp_path: Path) -> None:
+    """Of elements without bytes, which ended the process."""
+    words = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': (-1,)}}"
+    path = tmp_path / "a.npy"
+    path.write_bytes(b"\x93NUMPY\1\0" + struct.pack("<H", len(words)) + words.encode() + bytes(64))
+    with pytest.raises(ValueError, match="can't read"):
+        open_array(str(path))

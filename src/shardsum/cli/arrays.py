@@ -7,6 +7,7 @@ import threading
 import uuid
 from pathlib import Path
 from tokenize import TokenError
+from typing import Literal
 
 import numpy as np
 import safetensors.torch
@@ -19,6 +20,7 @@ SUFFIXES = (".npy", ".safetensors")
 _PARSING = threading.Lock()
 # NumPy's own limit of a header, which it looks at when it has made room for what the file announces, up to 4 GB.
 _MAX_HEADER_BYTES = 10_000
+_READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 # What its parser and the one of safetensors raise for files that are not what they should be.
 _BROKEN_FILE = (
     OSError,
@@ -59,9 +61,19 @@ def _open_npy(path: Path) -> Tensor:
     header_bytes = int.from_bytes(start[8 : 10 if start[6:7] == b"\1" else 12], "little")
     if header_bytes > _MAX_HEADER_BYTES:
         raise ValueError(f"its header would have {header_bytes} bytes, more than {_MAX_HEADER_BYTES}.")
-    # "c" (copy on write): torch wants memory that may be written, and the file must not be.
     with _PARSING, np.errstate(over="raise"):
-        return torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            if version not in _READ_HEADER:
+                raise ValueError(f"arrays of numbers have version 1.0 or 2.0 of the format: got {version}.")
+            shape, fortran_order, dtype = _READ_HEADER[version](file)
+            start_of_data = file.tell()
+        # NumPy divides by the bytes of an element where it looks for a size that is negative.
+        if dtype.hasobject or dtype.itemsize == 0 or min(shape, default=0) < 0:
+            raise ValueError(f"it would hold {shape} of {dtype}, which can't be mapped.")
+        order: Literal["F", "C"] = "F" if fortran_order else "C"
+        # "c" (copy on write): torch wants memory that may be written, and the file must not be.
+        return torch.from_numpy(np.memmap(path, dtype, "c", start_of_data, shape, order))
 
 
 def _open_safetensors(path: Path, key: str) -> Tensor:
