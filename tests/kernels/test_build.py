@@ -73,7 +73,13 @@ def test_the_suite_under_sanitizers(tmp_path: Path) -> None:
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as files:
         (name,) = (name for name in files.namelist() if Path(name).name.startswith("_native."))
         module = files.extract(name, tmp_path)
-    library = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     suite = ["tests/kernels/test_kernels.py", *map(str, Path(__file__).parent.glob("test_native_*.py"))]
-    # Python and torch keep memory to their ends, which is not what is looked for.
-    run_suite(*suite, "--native", module, LD_PRELOAD=library.stdout.strip(), ASAN_OPTIONS="detect_leaks=0")
+    # The first library passes on the second's exceptions. Python and torch keep memory to their ends, which is not
+    # what is looked for.
+    before = f"{library('libasan.so')} {library('libstdc++.so')}"
+    run_suite(*suite, "-s", "--native", module, LD_PRELOAD=before, ASAN_OPTIONS="detect_leaks=0")
+
+
+def library(name: str) -> str:
+    found = subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
