@@ -143,3 +143,16 @@ def end_at(comm: Communicator, how: str, when: str, directory: str) -> None:
         heard = json.dumps([str(loss), time.time()])
         Path(directory, f"heard.{comm.rank}").write_text(heard)
         raise
+
+
+def call_once_it_has_ended(comm: Communicator, directory: str) -> None:
+    """Rank 1 is killed, and the others call when their transport knows of it already."""
+    comm.barrier()
+    if comm.rank == VICTIM:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.5)
+    try:
+        comm.barrier()
+    except RankLost as loss:
+        Path(directory, f"heard.{comm.rank}").write_text(str(loss))
+        raise

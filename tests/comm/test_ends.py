@@ -13,7 +13,7 @@ import pytest
 from shardsum import RankLost
 from shardsum.comm import launch
 
-from .ends import ALSO, HOW, VICTIM, WHEN, end_at
+from .ends import ALSO, HOW, VICTIM, WHEN, call_once_it_has_ended, end_at
 
 pytestmark = pytest.mark.usefixtures("nothing_stays_behind")
 
@@ -76,6 +76,14 @@ ALL = [
 @pytest.mark.parametrize(("transport", "how", "when"), SOME)
 def test_a_rank_that_ends(transport: str, how: str, when: str, tmp_path: Path) -> None:
     _check(transport, how, when, tmp_path)
+
+
+@pytest.mark.parametrize("transport", ["gloo", "mpi"])
+def test_a_call_that_begins_once_a_rank_has_ended(transport: str, tmp_path: Path) -> None:
+    with pytest.raises(RankLost):
+        launch(call_once_it_has_ended, RANKS, transport, (str(tmp_path),), deadline=60.0)
+    for rank in {*range(RANKS)} - {VICTIM}:
+        assert f"rank {VICTIM}" in (tmp_path / f"heard.{rank}").read_text()
 
 
 @pytest.mark.nightly

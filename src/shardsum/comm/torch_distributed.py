@@ -96,15 +96,19 @@ class TorchCommunicator(Communicator):
     ) -> list[tuple[int, Any]]:
         if not sending and not receiving:
             return []
+        works: list[tuple[int, Any]] = []
+        peer = None
         try:
             if self._device is not None:  # one thing after the other: ranks would all receive, and none send
                 self.group._start_coalescing(*self._together)
-            works = [(peer, self.group.recv([piece], peer, 0)) for peer, piece in receiving]
-            works += [(peer, self.group.send([piece], peer, 0)) for peer, piece in sending]
+            for peer, piece in receiving:
+                works.append((peer, self.group.recv([piece], peer, 0)))
+            for peer, piece in sending:
+                works.append((peer, self.group.send([piece], peer, 0)))
             if self._device is not None:
                 return [(works[0][0], self.group._end_coalescing(*self._together))]
-        except RuntimeError as failure:
-            raise self._lost_by(None, failure) from failure
+        except RuntimeError as failure:  # a peer that is known to be gone is no longer waited for
+            raise self._lost_by(peer, failure) from failure
         return works
 
     def _wait(self, work: Any, peer: int | None = None) -> None:
