@@ -121,9 +121,10 @@ class KVCache:
         valid = (new,) * len(start) if lengths is None else _valid(lengths, len(start), new)
         even = len(set(start)) == 1
         ends = tuple(map(operator.add, start, valid))
-        if shards is not None:
+        if shards is None:
+            self._owners.take_turns(max(ends))
+        else:
             self._owners.take_shards(start[0] if even else None, max(ends), shards)
-        self._owners.take_turns(max(ends))
         mine = self._owners.placement(max(ends)).positions[self.comm.rank]
         store.reserve(len(start), len(mine))
         together = [(slice(None), start[0], max(valid))]

@@ -150,7 +150,7 @@ def call_once_it_has_ended(comm: Communicator, directory: str) -> None:
     comm.barrier()
     if comm.rank == VICTIM:
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.5)
+    time.sleep(0.5)  # transports learn of it within 0.3 s (docs/log.md)
     try:
         comm.barrier()
     except RankLost as loss:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import time
@@ -22,7 +21,6 @@ SPIN_SECONDS = 0.0005
 # hear from the others, so as to name those that are silent.
 LOOK_SECONDS, ANSWER_SECONDS = 0.1, 0.5
 _GIVEN_UP = 1  # the tag of what a rank sends that gave up; all else has tag 0
-_KEPT_BUFFERS = 64  # addresses and sizes as MPI sees them, no memory
 _MAX_BYTES = 2**31 - 1  # of one MPI message counted by a C int
 
 
@@ -38,8 +36,7 @@ class MpiCommunicator(Communicator):
         self._mpi = (_import_mpi().COMM_WORLD if mpi is None else mpi).Dup()
         super().__init__(self._mpi.Get_rank(), self._mpi.Get_size(), deadline_seconds)
         library = _import_mpi()
-        self._error, self._byte = library.Exception, library.BYTE
-        self._at = functools.lru_cache(_KEPT_BUFFERS)(library.buffer.fromaddress)
+        self._error, self._byte, self._at = library.Exception, library.BYTE, library.buffer.fromaddress
 
     def close(self) -> None:
         super().close()

@@ -27,28 +27,26 @@ def packed_shape(state: AttentionState) -> tuple[int, int]:
 
 def pack_into(state: AttentionState, packed: Tensor) -> None:
     """Write the state, contiguous, to rows (rows, v_dim + 1)."""
-    native = native_module() if packed.is_cpu else None
-    if native is not None:
-        rows, width = packed.shape
-        native.pack(
-            TYPES[packed.dtype], state.out.data_ptr(), state.lse.data_ptr(), packed.data_ptr(), rows, width
-        )
-        return
-    packed[:, :-1].copy_(state.out.view(len(packed), -1))
-    packed[:, -1].copy_(state.lse.view(-1))
+    if not _natively("pack", state, packed):
+        packed[:, :-1].copy_(state.out.view(len(packed), -1))
+        packed[:, -1].copy_(state.lse.view(-1))
 
 
 def unpack_into(packed: Tensor, state: AttentionState) -> None:
     """Write rows (rows, v_dim + 1) to the state, which is contiguous."""
+    if not _natively("unpack", state, packed):
+        state.out.copy_(packed[:, :-1].view_as(state.out))
+        state.lse.copy_(packed[:, -1].view_as(state.lse))
+
+
+def _natively(name: str, state: AttentionState, packed: Tensor) -> bool:
+    """Whether the native module was there to do it."""
     native = native_module() if packed.is_cpu else None
-    if native is not None:
-        rows, width = packed.shape
-        native.unpack(
-            TYPES[packed.dtype], state.out.data_ptr(), state.lse.data_ptr(), packed.data_ptr(), rows, width
-        )
-        return
-    state.out.copy_(packed[:, :-1].view_as(state.out))
-    state.lse.copy_(packed[:, -1].view_as(state.lse))
+    if native is None:
+        return False
+    pointers = state.out.data_ptr(), state.lse.data_ptr(), packed.data_ptr()
+    getattr(native, name)(TYPES[packed.dtype], *pointers, *packed.shape)
+    return True
 
 
 def merge_packed(a: Tensor, b: Tensor, into: Tensor) -> None:
