@@ -112,13 +112,13 @@ void merge(const Merge& m) {
     best.merge(m);
 }
 
-void merge_packed(int type, intptr_t a, intptr_t b, intptr_t into, int64_t rows, int64_t width) {
+void merge_packed(int type, int64_t rows, int64_t width, intptr_t a, intptr_t b, intptr_t into) {
     const intptr_t lse = into + (width - 1) * (Type(type) == Type::float64 ? 8 : 4);
     merge({Type(type), pointer<void>(a), pointer<void>(b), pointer<void>(into), pointer<void>(lse), rows, width, width, width, width});
 }
 
 // To a state whose rows lie one behind the other.
-void merge_apart(int type, intptr_t a, intptr_t b, intptr_t out, intptr_t lse, int64_t rows, int64_t width) {
+void merge_apart(int type, int64_t rows, int64_t width, intptr_t a, intptr_t b, intptr_t out, intptr_t lse) {
     merge({Type(type), pointer<void>(a), pointer<void>(b), pointer<void>(out), pointer<void>(lse), rows, width, width, width - 1, 1});
 }
 
@@ -130,7 +130,7 @@ template <bool PACKING, typename T> void pack_rows(T* out, T* lse, T* packed, in
     }
 }
 
-template <bool PACKING> void pack(int type, intptr_t out, intptr_t lse, intptr_t packed, int64_t rows, int64_t width) {
+template <bool PACKING> void pack(int type, int64_t rows, int64_t width, intptr_t packed, intptr_t out, intptr_t lse) {
     if (Type(type) == Type::float64) pack_rows<PACKING>(pointer<double>(out), pointer<double>(lse), pointer<double>(packed), rows, width - 1);
     else pack_rows<PACKING>(pointer<float>(out), pointer<float>(lse), pointer<float>(packed), rows, width - 1);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import traceback
 from collections.abc import Callable
@@ -10,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from shardsum import AttentionState, merge
+from shardsum.collectives import all_reduce_states, as_collective
 from shardsum.comm import Communicator, agree
+from shardsum.comm.base import KEPT_SIZES
 from shardsum.errors import Mismatch
 
 DTYPES = [
@@ -66,6 +70,34 @@ def check_all_gather_where_all_are_empty(comm: Communicator) -> None:
 def check_all_gather_of_numbers(comm: Communicator) -> None:
     for rank, part in enumerate(comm.all_gather(_from(comm.rank))):
         _same(part, _from(rank))
+
+
+def check_all_gather_again_and_again(comm: Communicator) -> None:
+    for length in (3, 0, 5):  # what is made later outlives what is dropped
+        pieces = torch.empty(comm.size, length)
+        gather = comm.all_gather_again(pieces)
+        before = comm.traffic.snapshot()
+        for number in range(3):
+            pieces[comm.rank] = 10 * number + comm.rank
+            gather()
+            ranks = torch.arange(comm.size) + 10.0 * number
+            _same(pieces, torch.stack([ranks] * length, 1) if length else pieces)
+            comm.barrier()  # before others' parts change
+        sent = comm.traffic - before
+        others = comm.size - 1
+        assert (sent.sent_bytes, sent.messages) == (3 * (4 * length + 1) * others, 6 * others)
+
+
+def check_more_shapes_than_are_kept(comm: Communicator) -> None:
+    collective = as_collective("all_gather")
+    for rows in [*range(1, KEPT_SIZES + 4), 1, 2]:
+        state = AttentionState(_from(comm.rank, 1, 1, rows, 5), _from(comm.rank, 1, 1, rows))
+        states = [AttentionState(_from(r, 1, 1, rows, 5), _from(r, 1, 1, rows)) for r in range(comm.size)]
+        found = all_reduce_states(comm, state, collective)
+        expected = functools.reduce(merge, states)
+        torch.testing.assert_close(found.out, expected.out)
+        torch.testing.assert_close(found.lse, expected.lse)
+        agree(comm, {"rows": rows})
 
 
 def check_every_dtype(comm: Communicator) -> None:

@@ -94,16 +94,16 @@ WHEN = ("before the first call", "agreement", "payload", "between", "backward", 
 
 def _arm(comm: Communicator, operation: int, end: Callable[[], Any]) -> None:
     """End this rank when it comes to that operation from here on: 1 is the agreement, 2 the first payload."""
-    count = comm._count
+    count = comm._count_round
 
-    def counted(message_bytes: Any) -> None:
+    def counted(sent_bytes: int, messages: int) -> None:
         counted.left -= 1  # type: ignore[attr-defined]
         if counted.left == 0:  # type: ignore[attr-defined]
             end()
-        count(message_bytes)
+        count(sent_bytes, messages)
 
     counted.left = operation  # type: ignore[attr-defined]
-    comm._count = counted  # type: ignore[method-assign]
+    comm._count_round = counted  # type: ignore[method-assign]
 
 
 def end_at(comm: Communicator, how: str, when: str, directory: str) -> None:

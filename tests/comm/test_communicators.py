@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,62 @@ def _failures(transport: str, ranks: int) -> list[dict[str, str]]:
 def test_contract(transport: str, ranks: int, contract: str) -> None:
     for rank, failures in enumerate(_failures(transport, ranks)):
         assert contract not in failures, f"on rank {rank}:\n{failures[contract]}"
+
+
+class OldMpi:
+    """An MPI communicator, as mpi4py has it over a library that is older than MPI 4.0."""
+
+    def __init__(self, mpi: Any) -> None:
+        self._mpi = mpi
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mpi, name)
+
+    def Allgather_init(self, *_: object) -> None:
+        raise NotImplementedError
+
+
+def keep_the_contract_over_an_old_mpi(comm: MpiCommunicator) -> dict[str, str]:
+    comm._mpi = OldMpi(comm._mpi)
+    return run_communicator_contracts(comm)
+
+
+def test_an_mpi_without_persistent_collectives_keeps_the_contract() -> None:
+    assert launch(keep_the_contract_over_an_old_mpi, 2, "mpi", deadline=60.0) == [{}] * 2
+
+
+def give_up_while_a_gather_is_under_way(comm: MpiCommunicator) -> str:
+    def interrupted(requests: Any, *peers: int) -> None:
+        raise KeyboardInterrupt
+
+    gather, wait = comm.all_gather_again(torch.zeros(comm.size, 3)), comm._wait
+    gather()
+    comm._wait = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        gather()
+    comm._wait = wait  # type: ignore[method-assign]
+    with pytest.raises(RankLost) as raised:
+        gather()
+    return str(raised.value)
+
+
+def test_a_gather_that_was_given_up_is_not_started_again() -> None:
+    for rank, message in enumerate(launch(give_up_while_a_gather_is_under_way, 2, "mpi", deadline=60.0)):
+        assert f"rank {rank} gave up a gather" in message
+
+
+@pytest.mark.parametrize("transport", ["threads", "gloo", "mpi"])
+def test_a_closed_communicator_says_so(transport: str) -> None:
+    launch(close_and_call, 2, transport, deadline=60.0)
+
+
+def close_and_call(comm: Communicator) -> None:
+    gather = comm.all_gather_again(torch.zeros(comm.size, 3))
+    gather()
+    comm.close()
+    for call in (gather, comm.barrier, lambda: comm.all_gather_again(torch.zeros(comm.size, 3))):
+        with pytest.raises(ValueError, match="closed"):
+            call()
 
 
 class LikeNccl:
@@ -109,11 +166,12 @@ def _communicators(comm: Communicator, directory: str, number: int) -> list[Comm
 
 
 def wait_for_a_rank_that_does_not_come(comm: Communicator, directory: str) -> None:
-    gather, to_all, ring = _communicators(comm, directory, 3)
+    gather, again, to_all, ring = _communicators(comm, directory, 4)
     if comm.rank == 0:
         time.sleep(60)
     for operation in (
         lambda: gather.all_gather(torch.zeros(3)),
+        lambda: again.all_gather_again(torch.zeros(2, 3))(),
         lambda: to_all.all_to_all([torch.zeros(3)] * 2, [(3,)] * 2),
         lambda: ring.exchange(torch.zeros(3), to=0, source=0, shape=(3,))(),
     ):

@@ -23,7 +23,9 @@ from ..malformed import CAP_BYTES, EXTREMES, LATER, SOME, allocated, mutated
 
 __all__ = ["allocated"]
 
-HEADER = struct.Struct("<4sHHqqI16sqq")  # written down a second time: what travels, without the CRC-32 at the end
+# Written down a second time: what travels, with a CRC-32 behind the digest and behind the lengths.
+FIELDS, LENGTHS = struct.Struct("<4sBBHqq16s"), struct.Struct("<qq")
+FAILED, TEXT_BYTES, DIGEST = 2, 3, 6  # places among the fields
 CALL = {"call": "attention", "causal": True, "shapes": [1, 2, 3]}
 
 
@@ -41,12 +43,20 @@ class Wire(SingleCommunicator):
         other = self.others.pop(0)(own, sizes[1])
         assert len(other) == sizes[1]
         self.heard.append(other)
-        receive.copy_(torch.frombuffer(bytearray(own + other), dtype=torch.uint8))
+        receive.view(-1).copy_(torch.frombuffer(bytearray(own + other), dtype=torch.uint8))
+
+
+def _fields(frame: bytes) -> list[Any]:
+    return [*FIELDS.unpack_from(frame), *_lengths(frame)]
+
+
+def _lengths(frame: bytes) -> tuple[Any, ...]:
+    return LENGTHS.unpack_from(frame, FIELDS.size + 4)
 
 
 def _sealed(fields: list[Any]) -> bytes:
-    body = HEADER.pack(*fields)
-    return body + zlib.crc32(body).to_bytes(4, "little")
+    parts = FIELDS.pack(*fields[:-2]), LENGTHS.pack(*fields[-2:])
+    return b"".join(part + zlib.crc32(part).to_bytes(4, "little") for part in parts)
 
 
 def _frame(draw: random.Random, own: bytes) -> bytes:
@@ -62,16 +72,16 @@ def _frame(draw: random.Random, own: bytes) -> bytes:
     if kind == 2:  # shifted, as where something was sent before
         at = draw.randrange(1, 64)
         return own[at:] + own[:at]
-    fields = list(HEADER.unpack_from(own))
+    fields = _fields(own)
     for place in draw.sample(range(2, 9), draw.randint(1, 3)):  # whole and with its check, but not true
         fields[place] = _field(draw, place)
     return _sealed(fields)
 
 
 def _field(draw: random.Random, place: int) -> Any:
-    if place == 6:
+    if place == DIGEST:
         return draw.randbytes(16)
-    bits = {2: 16, 5: 32}.get(place, 63)
+    bits = {FAILED: 8, TEXT_BYTES: 16}.get(place, 63)
     value = draw.choice([*(extreme for extreme in EXTREMES if extreme < 1 << bits), draw.getrandbits(bits)])
     return value if bits < 63 or draw.random() < 0.5 else ~value
 
@@ -109,7 +119,7 @@ def _fuzz_agreement(count: int, seed: int) -> dict[str, int]:
             said = str(error)
             outcomes["refused" if "malformed" in said or "protocol" in said else "mismatch" if said else ""] += 1
         else:
-            assert lengths == [(5, 7), HEADER.unpack_from(comm.heard[0])[7:9]]
+            assert lengths == [(5, 7), _lengths(comm.heard[0])]
             assert min(lengths[1]) >= 0
             assert max(lengths[1]) <= 1 << 40
             outcomes["agreed"] += 1
@@ -140,7 +150,7 @@ def test_descriptions_that_differ_where_they_are_cut_are_told_apart() -> None:
     comm = Wire()
 
     def other(own: bytes, size: int) -> bytes:
-        return _sealed([*HEADER.unpack_from(own)[:6], b"another digest..", 0, 0])
+        return _sealed([*_fields(own)[:DIGEST], b"another digest..", 0, 0])
 
     comm.others = [other, lambda own, size: own]
     with pytest.raises(Mismatch, match="too long to compare"):
@@ -154,7 +164,7 @@ def test_an_epoch_that_is_no_number_of_64_bits_is_refused_on_every_rank(epoch: A
     failed: list[int] = []
 
     def other(own: bytes, size: int) -> bytes:
-        failed.append(HEADER.unpack_from(own)[2])
+        failed.append(_fields(own)[FAILED])
         return own
 
     comm.others = [other, lambda own, size: own]

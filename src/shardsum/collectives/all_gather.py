@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ..comm import Communicator, Traffic
-from ..kernels.merging import pack_into, packed_shape
+from ..kernels.merging import OfState, packed_shape, packer
+from ..memory import kept_memory
 from ..state import AttentionState
 from .base import Collective
-from .operations import Operation, combine_all, merge_all
+from .operations import Operation, combine_all, merger_of_all
 
 
 class GatherAll(Collective):
@@ -17,10 +20,12 @@ class GatherAll(Collective):
     name = "all_gather"
 
     def all_reduce_state(self, comm: Communicator, state: AttentionState) -> None:
-        own, pieces, gather = comm.gathering(state.out, packed_shape(state))
-        pack_into(state, own)
+        out = state.out
+        key = "all_gather", out.shape, out.dtype, out.device
+        pack, gather, merge = comm.kept(key, _prepare, comm, state)
+        pack(state)
         gather()
-        merge_all(pieces, state)
+        merge(state)
 
     def _all_reduce(self, comm: Communicator, rows: Tensor, operation: Operation) -> None:
         whole, pieces = comm.scratch(rows, comm.size)
@@ -35,3 +40,10 @@ class GatherAll(Collective):
 
     def messages_at_once(self, comm: Communicator) -> int:
         return comm.size - 1
+
+
+def _prepare(comm: Communicator, like: AttentionState) -> tuple[tuple[OfState, Callable[[], None], OfState], int]:
+    """What packs a state, gathers all ranks' and merges them, in memory of its own, and the bytes of that."""
+    whole = kept_memory(comm.size, *packed_shape(like), dtype=like.out.dtype, device=like.out.device)
+    pieces = whole.unbind()
+    return (packer(pieces[comm.rank]), comm.all_gather_again(whole), merger_of_all(pieces)), whole.nbytes

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from ..comm import Communicator, Traffic
-from ..kernels.merging import pack_into, packed_shape, unpack_into
+from ..kernels.merging import packed_shape, packer, unpacker
 from ..state import AttentionState
 from .operations import MERGE, Operation
 
@@ -32,9 +32,9 @@ class Collective(ABC):
     def all_reduce_state(self, comm: Communicator, state: AttentionState) -> None:
         """Replace `state` by all ranks' merged: contiguous, with rows, of one shape on each of several ranks."""
         packed = comm.scratch(state.out, 1, "send", packed_shape(state))[1][0]
-        pack_into(state, packed)
+        packer(packed)(state)
         self._all_reduce(comm, packed, MERGE)
-        unpack_into(packed, state)
+        unpacker(packed)(state)
 
     def traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic:
         """What this rank sends, in closed form: the communicator must count exactly this."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..kernels.merging import merge_into, merge_packed
+from ..kernels.merging import OfState, merge_packed, merger
 from ..state import AttentionState
 
 
@@ -42,22 +43,31 @@ def combine_all(pieces: Sequence[Tensor], operation: Operation, into: Tensor) ->
     The pieces are working memory. Numerics: the tree depends only on the number of pieces, so equal pieces give
     equal bits on every rank.
     """
-    if len(pieces) > 1:
-        operation.combine(*_last_two(pieces, operation), into)
-    elif pieces[0] is not into:
-        into.copy_(pieces[0])
+    if len(pieces) == 1:
+        if pieces[0] is not into:
+            into.copy_(pieces[0])
+        return
+    *inner, (a, b) = _tree(len(pieces))
+    for i, j in inner:
+        operation.combine(pieces[i], pieces[j], pieces[i])
+    operation.combine(pieces[a], pieces[b], into)
 
 
-def merge_all(pieces: Sequence[Tensor], state: AttentionState) -> None:
-    """Write the merge of two or more pieces to a contiguous state: what `combine_all` makes of them."""
-    merge_into(*_last_two(pieces, MERGE), state)
+def merger_of_all(pieces: Sequence[Tensor]) -> OfState:
+    """What writes the merge of two or more pieces to a contiguous state: what `combine_all` makes of them."""
+    *inner, (a, b) = _tree(len(pieces))
+    merge_last = merger(pieces[a], pieces[b])
+
+    def merge_all(state: AttentionState) -> None:
+        for i, j in inner:
+            merge_packed(pieces[i], pieces[j], pieces[i])
+        merge_last(state)
+
+    return merge_all
 
 
-def _last_two(pieces: Sequence[Tensor], operation: Operation) -> tuple[Tensor, Tensor]:
-    """What the tree's root combines."""
-    step = 1
-    while 2 * step < len(pieces):
-        for i in range(0, len(pieces) - step, 2 * step):
-            operation.combine(pieces[i], pieces[i + step], pieces[i])
-        step *= 2
-    return pieces[0], pieces[step]
+@functools.lru_cache
+def _tree(pieces: int) -> list[tuple[int, int]]:
+    """Which two are combined, in this order, and take the place of the first."""
+    steps = [1 << level for level in range((pieces - 1).bit_length())]
+    return [(i, i + step) for step in steps for i in range(0, pieces - step, 2 * step)]

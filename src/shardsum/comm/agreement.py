@@ -6,9 +6,9 @@ or the same one with other arguments, all see so in the headers, and all raise t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import operator
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,19 +18,18 @@ import torch
 from torch import Tensor
 
 from ..errors import Mismatch
+from ..memory import kept_memory
 from .base import Communicator
 
-# Magic, version, failed, call number, epoch, description bytes, digest: alike on all ranks where all is well. Then
-# q_len and kv_len, and the CRC-32 of all that.
-_HEADER = struct.Struct("<4sHHqqI16sqq")
-_ALIKE_BYTES = 44
-_CHECK, _LENGTHS_AND_CHECK = struct.Struct("<I"), struct.Struct("<qqI")
-_FRAME_BYTES = _HEADER.size + _CHECK.size
+# The fields of a _Header, alike on all ranks where all is well; q_len and kv_len; and behind each its CRC-32.
+_HEADER, _LENGTHS, _CHECK_BYTES = struct.Struct("<4sBBHqq16s"), struct.Struct("<qq"), 4
+_HEADER_BYTES = _HEADER.size + _CHECK_BYTES
+_FRAME_BYTES = _HEADER_BYTES + _LENGTHS.size + _CHECK_BYTES
 _DIGEST_BYTES = 16
 _encode, _decode = json.JSONEncoder(sort_keys=True).encode, json.JSONDecoder().raw_decode
-_MAGIC, _VERSION = b"ssum", 4
+_MAGIC, _VERSION = b"ssum", 5
 # What a header may announce. Positions of a longer sequence would be 8 TB by themselves.
-_MAX_DESCRIPTION_BYTES, _MAX_LENGTH, _MAX_CALLS = 1 << 16, 1 << 40, 1 << 62
+_MAX_DESCRIPTION_BYTES, _MAX_LENGTH, _MAX_CALLS = (1 << 16) - 1, 1 << 40, 1 << 62
 
 
 class Description:
@@ -67,17 +66,15 @@ class Description:
 
 
 class _Header(NamedTuple):
-    """The fields of a frame, but for its check."""
+    """What a rank says of its call."""
 
     magic: bytes
     version: int
     failed: int
+    text_bytes: int
     number: int
     epoch: int
-    text_bytes: int
     digest: bytes
-    q_len: int
-    kv_len: int
 
 
 def agree(
@@ -97,11 +94,11 @@ def agree(
     rank gave its own.
     """
     comm.calls += 1
-    described, epoch = _NOTHING, 0
+    header = b""
     if error is None:
         try:
             described = call if isinstance(call, Description) else Description.of(call)
-            epoch = _epoch(comm)
+            header = _header(described, False, comm.calls, comm.epoch)
         except (TypeError, ValueError) as mistake:
             error = mistake
     if comm.size == 1:
@@ -110,16 +107,15 @@ def agree(
         return [(q_len, kv_len)]
     if error is not None:
         described = Description.of_error(error)
-    own, everyones, gather = comm.frames(_FRAME_BYTES)
-    alike = _MAGIC, _VERSION, error is not None, comm.calls, epoch, described.text_bytes, described.digest
-    header = _HEADER.pack(*alike, q_len, kv_len)
-    own[:] = header + _CHECK.pack(zlib.crc32(header))
+        header = _header(described, True, comm.calls)
+    own, everyones, gather = comm.kept("agreement", _frames, comm)
+    own[:] = header + _packed_lengths(q_len, kv_len)
     gather()
     together = everyones.tobytes()
-    frames = [together[start : start + _FRAME_BYTES] for start in range(0, len(together), _FRAME_BYTES)]
-    if error is None and [frame[:_ALIKE_BYTES] for frame in frames].count(header[:_ALIKE_BYTES]) == comm.size:
-        return [_lengths(frame, rank) for rank, frame in enumerate(frames)]
-    headers = [_read(frame, rank) for rank, frame in enumerate(frames)]
+    if error is None and (lengths := _lengths_behind(header, together)):
+        return lengths.copy()
+    starts = range(0, len(together), _FRAME_BYTES)
+    headers = [_read(together[at : at + _FRAME_BYTES], rank) for rank, at in enumerate(starts)]
     texts = _gather_descriptions(comm, described.text, [header.text_bytes for header in headers])
     numbers, epochs = [header.number for header in headers], [header.epoch for header in headers]
     failed = [rank for rank, header in enumerate(headers) if header.failed]
@@ -132,15 +128,57 @@ def agree(
     raise Mismatch(" ".join(found) or _TOO_LONG)
 
 
-_NOTHING = Description.of({})
 _TOO_LONG = "the ranks made different calls, too long to compare argument by argument."
 
 
-def _epoch(comm: Communicator) -> int:
-    epoch = operator.index(comm.epoch)
-    if not -(1 << 63) <= epoch < 1 << 63:
-        raise ValueError(f"comm.epoch must fit into 64 bits: got {epoch}.")
-    return epoch
+def _header(described: Description, failed: bool, number: int, epoch: int = 0) -> bytes:
+    """A header with its check. Raises: ValueError for an epoch that can't be sent."""
+    try:
+        fields = _MAGIC, _VERSION, failed, described.text_bytes, number, epoch, described.digest
+        return _with_check(_HEADER.pack(*fields))
+    except struct.error:
+        raise ValueError(f"comm.epoch must be a whole number of 64 bits: got {epoch!r}.") from None
+
+
+def _frames(comm: Communicator) -> tuple[tuple[memoryview, memoryview, Callable[[], None]], int]:
+    """Memory for this rank's frame, all ranks' with it, and what fills in the others'."""
+    frames = kept_memory(comm.size, _FRAME_BYTES, dtype=torch.uint8)
+    own, everyones = frames[comm.rank].numpy().data, frames.numpy().data
+    return (own, everyones, comm.all_gather_again(frames)), frames.nbytes
+
+
+def _with_check(fields: bytes) -> bytes:
+    """The fields and their CRC-32."""
+    return fields + zlib.crc32(fields).to_bytes(_CHECK_BYTES, "little")
+
+
+# Most calls have the lengths of the one before: they are written and read once.
+@functools.lru_cache
+def _packed_lengths(q_len: int, kv_len: int) -> bytes:
+    return _with_check(_LENGTHS.pack(q_len, kv_len))
+
+
+@functools.lru_cache
+def _lengths(*packed: bytes) -> list[tuple[int, int]] | None:
+    """Every rank's q_len and kv_len; None where one has none."""
+    found = []
+    for one in packed:
+        if _with_check(one[: _LENGTHS.size]) != one:
+            return None
+        q_len, kv_len = _LENGTHS.unpack_from(one)
+        if not (0 <= q_len <= _MAX_LENGTH and 0 <= kv_len <= _MAX_LENGTH):
+            return None
+        found.append((q_len, kv_len))
+    return found
+
+
+def _lengths_behind(header: bytes, together: bytes) -> list[tuple[int, int]] | None:
+    """Every rank's lengths if its frame is this header and they are right; None where one's is not.
+
+    Lengths are shorter than a header: so many of them, each whole, leave no other place for the headers.
+    """
+    first, *packed = together.split(header)
+    return None if first or len(packed) * _FRAME_BYTES != len(together) else _lengths(*packed)
 
 
 def _read(frame: bytes, rank: int) -> _Header:
@@ -148,23 +186,11 @@ def _read(frame: bytes, rank: int) -> _Header:
     header = _Header._make(_HEADER.unpack_from(frame))
     if header.magic != _MAGIC or header.version != _VERSION:
         raise Mismatch(f"rank {rank} does not speak shardsum's protocol version {_VERSION}.")
-    _lengths(frame, rank)
-    if header.failed > 1 or not 0 < header.number < _MAX_CALLS or header.text_bytes > _MAX_DESCRIPTION_BYTES:
-        raise _malformed(rank)
+    whole = _with_check(frame[: _HEADER.size]) == frame[:_HEADER_BYTES]
+    right = header.failed <= 1 and 0 < header.number < _MAX_CALLS
+    if not whole or not right or _lengths(frame[_HEADER_BYTES:]) is None:
+        raise Mismatch(f"rank {rank} sent a malformed header.")
     return header
-
-
-def _lengths(frame: bytes, rank: int) -> tuple[int, int]:
-    """A header's q_len and kv_len, once its check was found to be right. Raises: Mismatch."""
-    q_len, kv_len, check = _LENGTHS_AND_CHECK.unpack_from(frame, _ALIKE_BYTES)
-    right = 0 <= q_len <= _MAX_LENGTH and 0 <= kv_len <= _MAX_LENGTH
-    if not right or check != zlib.crc32(frame[: _HEADER.size]):
-        raise _malformed(rank)
-    return q_len, kv_len
-
-
-def _malformed(rank: int) -> Mismatch:
-    return Mismatch(f"rank {rank} sent a malformed header.")
 
 
 def _gather_descriptions(comm: Communicator, description: bytes, sizes: Sequence[int]) -> list[str]:

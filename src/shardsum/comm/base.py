@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,9 +27,8 @@ KEPT_BYTES, KEPT_SIZES = 1 << 24, 8
 NOTHING = torch.empty(0, dtype=torch.uint8)
 # What is sent, to whom, where to receive, from whom.
 Message = tuple[Tensor, int, Tensor, int]
-# This rank's part, everyone's, and what fills in the latter.
-Gathering = tuple[Tensor, list[Tensor], Callable[[], None]]
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @dataclass
@@ -84,10 +83,9 @@ class Communicator(ABC):
         self.calls = self.epoch = 0
         self.closed = False
         self._lost: str | None = None
-        self._scratch: dict[tuple[object, ...], tuple[Tensor, list[Tensor]]] = {}
-        self._gatherings: dict[tuple[object, ...], Gathering] = {}  # of this group's ranks, and of no other's
+        self._scratch: dict[Hashable, tuple[Tensor, list[Tensor]]] = {}
+        self._kept: dict[Hashable, Any] = {}  # of this group's ranks, and of no other's
         self._hosts: tuple[str, ...] | None = None
-        self._frames: tuple[memoryview, memoryview, Callable[[], None]] | None = None
 
     def all_gather(self, part: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
         """Every rank's `part`, in rank order; `shapes` gives each rank's shape where they differ."""
@@ -143,13 +141,15 @@ class Communicator(ABC):
         self._count([part.nbytes] * (self.size - 1))
         self._all_gather(part, pieces, [part.nbytes] * self.size)
 
-    def all_gather_again(self, part: Tensor, pieces: Tensor) -> Callable[[], None]:
-        """`all_gather_into` as a function that is called again and again, with the same memory."""
-        counted = [part.nbytes] * (self.size - 1)
-        gather = self._all_gather_again(part, pieces, [part.nbytes] * self.size)
+    def all_gather_again(self, pieces: Tensor) -> Callable[[], None]:
+        """What writes every rank's `pieces[rank]` to all ranks' `pieces`, contiguous, as often as it is called."""
+        self._check()
+        gather = self._all_gather_again(pieces)
+        messages = self.size - 1
+        sent_bytes = messages * pieces[self.rank].nbytes
 
         def again() -> None:
-            self._count(counted)
+            self._count_round(sent_bytes, messages)
             gather()
 
         return again
@@ -167,22 +167,16 @@ class Communicator(ABC):
             _keep(self._scratch, key, found, whole.nbytes)
         return found
 
-    def gathering(self, like: Tensor, shape: tuple[int, ...]) -> Gathering:
-        """Working memory as of `scratch`, for this rank's part and for all ranks', and a function that gathers."""
-        key = (shape, like.dtype, like.device)
-        found = self._gatherings.get(key)
-        if found is None:
-            whole = kept_memory(1 + self.size, *shape, dtype=like.dtype, device=like.device)
-            found = whole[0], list(whole[1:].unbind()), self.all_gather_again(whole[0], whole[1:])
-            _keep(self._gatherings, key, found, whole.nbytes)
-        return found
+    def kept(self, key: Hashable, make: Callable[P, tuple[T, int]], *args: P.args, **options: P.kwargs) -> T:
+        """What `make(*args)` gave for this key, or gives now, with the bytes that it holds.
 
-    def frames(self, frame_bytes: int) -> tuple[memoryview, memoryview, Callable[[], None]]:
-        """Working memory for a frame of this rank and for one of each, and a function that fills in all ranks'."""
-        if self._frames is None or self._frames[0].nbytes != frame_bytes:
-            own, everyones = (kept_memory(count * frame_bytes, dtype=torch.uint8) for count in (1, self.size))
-            self._frames = own.numpy().data, everyones.numpy().data, self.all_gather_again(own, everyones)
-        return self._frames
+        All ranks ask for the same in the same order: making it may be an operation of theirs.
+        """
+        found: T | None = self._kept.get(key)
+        if found is None:
+            found, held_bytes = make(*args, **options)
+            _keep(self._kept, key, found, held_bytes)
+        return found
 
     def hosts(self) -> tuple[str, ...]:
         """The name of every rank's host, which all ranks ask for together.
@@ -206,6 +200,7 @@ class Communicator(ABC):
     def close(self) -> None:
         """Give back what this communicator holds; nothing may be called afterwards."""
         self.closed = True
+        self._kept.clear()
 
     def __enter__(self) -> Communicator:
         return self
@@ -221,11 +216,20 @@ class Communicator(ABC):
         return RankLost(message)
 
     def _count(self, message_bytes: Sequence[int]) -> None:
+        self._count_round(sum(message_bytes), len(message_bytes))
+
+    def _check(self) -> None:
+        """Raise where no operation may begin any more."""
         if self._lost is not None:
             raise RankLost(f"this communicator has lost a rank already: {self._lost}")
-        if message_bytes:
-            self.traffic.sent_bytes += sum(message_bytes)
-            self.traffic.messages += len(message_bytes)
+        if self.closed:
+            raise ValueError("this communicator is closed.")
+
+    def _count_round(self, sent_bytes: int, messages: int) -> None:
+        self._check()
+        if messages:
+            self.traffic.sent_bytes += sent_bytes
+            self.traffic.messages += messages
             self.traffic.rounds += 1
 
     # What a transport implements. Tensors are contiguous, and what moves is their bytes: no transport needs to
@@ -235,8 +239,10 @@ class Communicator(ABC):
     @abstractmethod
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None: ...
 
-    def _all_gather_again(self, send: Tensor, receive: Tensor, sizes: list[int]) -> Callable[[], None]:
-        return lambda: self._all_gather(send, receive, sizes)
+    def _all_gather_again(self, pieces: Tensor) -> Callable[[], None]:
+        own = pieces[self.rank]
+        sizes = [own.nbytes] * self.size
+        return lambda: self._all_gather(own.clone(), pieces, sizes)
 
     @abstractmethod
     def _all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None: ...
@@ -252,7 +258,7 @@ def as_bytes(part: Tensor) -> Tensor:
     return part.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _keep(kept: dict[tuple[object, ...], T], key: tuple[object, ...], made: T, made_bytes: int) -> None:
+def _keep(kept: dict[Hashable, T], key: Hashable, made: T, made_bytes: int) -> None:
     if made_bytes <= KEPT_BYTES:
         if len(kept) == KEPT_SIZES:
             kept.clear()

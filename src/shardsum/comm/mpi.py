@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import Unsupported
+from ..errors import RankLost, Unsupported
 from .base import DEFAULT_DEADLINE_SECONDS, Communicator
 
 # A finished message is seen at once while polling; after this long it is no longer latency that counts, and
@@ -37,25 +37,26 @@ class MpiCommunicator(Communicator):
         super().__init__(self._mpi.Get_rank(), self._mpi.Get_size(), deadline_seconds)
         library = _import_mpi()
         self._error, self._byte, self._at = library.Exception, library.BYTE, library.buffer.fromaddress
+        self._in_place, self._is_over = library.IN_PLACE, library.Is_finalized
 
     def close(self) -> None:
         super().close()
         self._mpi.Free()
 
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
-        self._all_gather_again(send, receive, sizes)()
-
-    def _all_gather_again(self, send: Tensor, receive: Tensor, sizes: list[int]) -> Callable[[], None]:
         start, to_all, from_all = self._mpi.Iallgather, self._buffer(send), self._buffer(receive)
         if sizes.count(sizes[0]) < len(sizes):
             start, from_all = self._mpi.Iallgatherv, [from_all, sizes, _displacements(sizes), self._byte]
-        held = send, receive  # memory that MPI writes and reads
+        self._wait([start(to_all, from_all)])
 
-        def again() -> None:
-            assert held
-            self._wait([start(to_all, from_all)])
-
-        return again
+    def _all_gather_again(self, pieces: Tensor) -> Callable[[], None]:
+        try:
+            request = self._mpi.Allgather_init(self._in_place, self._buffer(pieces))
+        except NotImplementedError:  # an MPI older than 4.0
+            return super()._all_gather_again(pieces)
+        except self._error as failure:
+            raise self._lost_by(failure) from failure
+        return _PersistentRequest(self, request, pieces).again
 
     def _all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
         sent, together = [part.nbytes for part in send], torch.cat(send)
@@ -91,8 +92,12 @@ class MpiCommunicator(Communicator):
                             self._look(waited, peers)
                         os.sched_yield()
         except self._error as failure:
-            who = _named(self._gone() or peers)
-            raise self.lost(f"{who} is gone: rank {self.rank} waited, and MPI says {failure}.") from failure
+            raise self._lost_by(failure, peers) from failure
+
+    def _lost_by(self, failure: Exception, peers: Sequence[int] = ()) -> RankLost:
+        """What MPI's error means, in an operation with these peers (none: with all)."""
+        who = _named(self._gone() or peers)
+        return self.lost(f"{who} is gone: rank {self.rank} waited, and MPI says {failure}.")
 
     def _look(self, waited: float, peers: Sequence[int]) -> None:
         """Raise RankLost where a rank has failed, this one has waited too long, or another has."""
@@ -133,6 +138,33 @@ class MpiCommunicator(Communicator):
                 "Use the ring strategy, more ranks or another transport."
             )
         return self._at(x.data_ptr(), size)
+
+
+_under_way: list[Tensor] = []  # memory that MPI may still write
+
+
+class _PersistentRequest:
+    """A request of MPI that is started again and again, and freed with this object."""
+
+    def __init__(self, comm: MpiCommunicator, request: Any, held: Tensor) -> None:
+        """`held`: memory that MPI writes and reads."""
+        self._comm, self._requests, self._start, self._held = comm, [request], request.Start, held
+
+    def again(self) -> None:
+        try:
+            self._start()
+            self._comm._wait(self._requests)
+        except self._comm._error as failure:
+            raise self._comm._lost_by(failure) from failure
+        except BaseException:  # Ctrl-C: it can't be started again
+            self._comm.lost(f"rank {self._comm.rank} gave up a gather that is still under way.")
+            raise
+
+    def __del__(self) -> None:
+        if self._comm._lost is not None:
+            _under_way.append(self._held)
+        elif not self._comm._is_over():
+            self._requests[0].Free()
 
 
 def _named(peers: Sequence[int]) -> str:

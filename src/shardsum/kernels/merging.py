@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..state import AttentionState, merge
 from .compiled import TYPES, native_module
+
+# What is prepared for rows in memory, and done again and again with one state or another.
+OfState = Callable[[AttentionState], None]
 
 
 def pack(state: AttentionState) -> Tensor:
@@ -25,51 +32,70 @@ def packed_shape(state: AttentionState) -> tuple[int, int]:
     return state.lse.numel(), state.out.shape[-1] + 1
 
 
-def pack_into(state: AttentionState, packed: Tensor) -> None:
-    """Write the state, contiguous, to rows (rows, v_dim + 1)."""
-    if not _natively("pack", state, packed):
+def packer(packed: Tensor) -> OfState:
+    """What writes a state, contiguous, to these rows (rows, v_dim + 1)."""
+    native = _native(packed)
+    if native is not None:
+        return _of_pointers(native.pack, packed)
+
+    def pack_into(state: AttentionState) -> None:
         packed[:, :-1].copy_(state.out.view(len(packed), -1))
         packed[:, -1].copy_(state.lse.view(-1))
 
+    return pack_into
 
-def unpack_into(packed: Tensor, state: AttentionState) -> None:
-    """Write rows (rows, v_dim + 1) to the state, which is contiguous."""
-    if not _natively("unpack", state, packed):
+
+def unpacker(packed: Tensor) -> OfState:
+    """What writes these rows (rows, v_dim + 1) to a state, which is contiguous."""
+    native = _native(packed)
+    if native is not None:
+        return _of_pointers(native.unpack, packed)
+
+    def unpack_into(state: AttentionState) -> None:
         state.out.copy_(packed[:, :-1].view_as(state.out))
         state.lse.copy_(packed[:, -1].view_as(state.lse))
 
-
-def _natively(name: str, state: AttentionState, packed: Tensor) -> bool:
-    """Whether the native module was there to do it."""
-    native = native_module() if packed.is_cpu else None
-    if native is None:
-        return False
-    pointers = state.out.data_ptr(), state.lse.data_ptr(), packed.data_ptr()
-    getattr(native, name)(TYPES[packed.dtype], *pointers, *packed.shape)
-    return True
+    return unpack_into
 
 
 def merge_packed(a: Tensor, b: Tensor, into: Tensor) -> None:
     """Write the merge of rows (rows, v_dim + 1) to `into`, which may be a or b; all are contiguous."""
-    native = native_module() if a.is_cpu else None
+    native = _native(a)
     if native is not None:
-        rows, width = a.shape
-        native.merge(TYPES[a.dtype], a.data_ptr(), b.data_ptr(), into.data_ptr(), rows, width)
+        native.merge(TYPES[a.dtype], *a.shape, a.data_ptr(), b.data_ptr(), into.data_ptr())
         return
     merged = merge(unpack(a), unpack(b))
     into[..., :-1].copy_(merged.out).add_(0.0)  # -0.0 becomes 0.0, as beside an empty state
     into[..., -1].copy_(merged.lse)
 
 
-def merge_into(a: Tensor, b: Tensor, state: AttentionState) -> None:
-    """Write the merge of rows (rows, v_dim + 1), contiguous, to a state that is too; b is working memory."""
-    native = native_module() if a.is_cpu else None
+def merger(a: Tensor, b: Tensor) -> OfState:
+    """What writes the merge of rows (rows, v_dim + 1) to a state; all are contiguous, b is working memory."""
+    native = _native(a)
     if native is not None:
-        pointers = a.data_ptr(), b.data_ptr(), state.out.data_ptr(), state.lse.data_ptr()
-        native.merge_apart(TYPES[a.dtype], *pointers, *a.shape)
-        return
-    merge_packed(a, b, b)
-    unpack_into(b, state)
+        return _of_pointers(native.merge_apart, a, b)
+    unpack_b = unpacker(b)
+
+    def merge_into(state: AttentionState) -> None:
+        merge_packed(a, b, b)
+        unpack_b(state)
+
+    return merge_into
+
+
+def _native(rows: Tensor) -> Any:
+    return native_module() if rows.is_cpu else None
+
+
+def _of_pointers(operation: Callable[..., None], *rows: Tensor) -> OfState:
+    """An operation of the native module on a state and on rows that stay where they are."""
+    of_rows = functools.partial(operation, TYPES[rows[0].dtype], *rows[0].shape, *(x.data_ptr() for x in rows))
+
+    def of_state(state: AttentionState) -> None:
+        assert rows  # held, since addresses do not hold memory
+        of_rows(state.out.data_ptr(), state.lse.data_ptr())
+
+    return of_state
 
 
 def merge_alike(a: AttentionState, b: AttentionState) -> AttentionState:
