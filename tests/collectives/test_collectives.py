@@ -334,9 +334,9 @@ def test_hosts_are_asked_for_once_and_are_no_traffic() -> None:
 
 
 def test_auto_looks_at_bytes_and_ranks() -> None:
-    assert Auto().of(2, 16512).name == "all_gather"
+    assert Auto().of(2, 16512).name == Auto().of(2, 1 << 20).name == Auto().of(4, 1 << 18).name == "all_gather"
     assert Auto().of(8, 16512).name == "recursive_doubling"
-    assert Auto().of(2, 1 << 26).name == Auto().of(8, 1 << 26).name == "rabenseifner"
+    assert Auto().of(2, 1 << 26).name == Auto().of(4, 1 << 20).name == Auto().of(8, 1 << 26).name == "rabenseifner"
 
 
 @pytest.mark.parametrize("native", [True, False])

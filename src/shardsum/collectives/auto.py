@@ -12,12 +12,13 @@ from .exchange import RecursiveDoubling
 from .operations import Operation
 from .rabenseifner import Rabenseifner
 
-# From here on it pays to send each rank only its part of the rows. `shardsum bench collectives` over MPI, 2 ranks
-# on 2 cores of an AMD EPYC, 2026-11-25: gathering took 0.76 of recursive doubling's time at 16 KB, 0.95 at 264 KB,
-# 1.45 at 4 MB, where Rabenseifner's took 0.85.
+# Up to so many ranks, and bytes of all of them together, one round costs less than two or more, though it sends
+# more. `shardsum bench collectives` over MPI, 2 cores of an AMD EPYC, 2026-11-27: gathering took 0.61 of the time
+# of Rabenseifner's for 264 KB on 2 ranks and 0.63 on 4; for 1 MB 0.73 and 1.6; for 4 MB 1.7. Over Gloo less.
+GATHERED_RANKS, GATHERED_BYTES = 4, 3 << 20
+# With more, it pays from here on to send each rank only its part of the rows.
 SCATTERED_BYTES = 1 << 18
-# Up to so many ranks one round costs less than two or more, though it sends more bytes.
-GATHERED_RANKS = 4
+_ONE_ROUND, _FEW_ROUNDS, _FEW_BYTES = GatherAll(), RecursiveDoubling(), Rabenseifner()
 
 
 class Auto(Collective):
@@ -27,9 +28,9 @@ class Auto(Collective):
 
     def of(self, size: int, buffer_bytes: int) -> Collective:
         """The collective for so many ranks and bytes."""
-        if buffer_bytes >= SCATTERED_BYTES:
-            return Rabenseifner()
-        return GatherAll() if size <= GATHERED_RANKS else RecursiveDoubling()
+        if size <= GATHERED_RANKS and size * buffer_bytes <= GATHERED_BYTES:
+            return _ONE_ROUND
+        return _FEW_ROUNDS if buffer_bytes < SCATTERED_BYTES else _FEW_BYTES
 
     def messages_at_once(self, comm: Communicator) -> int:
         return comm.size - 1 if comm.size <= GATHERED_RANKS else 1
