@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,8 +25,9 @@ Sides = dict[str, Callable[[], object]]
 # States of 32 heads and v_dim 128: from one query row to 64 MB.
 HEADS, V_DIM = 32, 128
 QUERIES = (1, 4, 16, 64, 256, 1024, 4096)
-# How often one operation is done in a repetition: for so many bytes, at most so often, or clocks are too coarse.
-BYTES_IN_A_REPETITION, MOST_IN_A_REPETITION = 1 << 24, 100
+# An operation is done so long in a repetition, and that many times to find out how often that is: what comes first
+# behind another side finds cold caches and threads that have not come to rest.
+SECONDS_IN_A_REPETITION, TIMES_TO_ESTIMATE = 0.05, 3
 GATHER, MAX_AND_SUM = "mpi4py Allgather", "gloo max+sum"
 AGREEMENT = "agreement"  # what comes before the collective in every call
 # By queries: how many times a raw all-gather the merge may take, and how many times as fast as Gloo it should be.
@@ -75,17 +78,26 @@ def _times(comm: Communicator, store: str, queries: int, repetitions: int) -> di
         sides |= _sides(gloo, queries)
     if gloo is not None:
         sides |= _raw_gloo(gloo, queries)
-    count = max(1, min(MOST_IN_A_REPETITION, BYTES_IN_A_REPETITION // state_bytes(queries)))
+    counts = {name: _how_often(comm, side) for name, side in sides.items()}
+    runs = {name: functools.partial(_repeat, side, counts[name]) for name, side in sides.items()}
+    times = alternate(runs, repetitions, comm.barrier)
+    return {name: [one / counts[name] for one in t] for name, t in times.items()}
 
-    def repeated(side: Callable[[], object]) -> Callable[[], None]:
-        def run() -> None:
-            for _ in range(count):
-                side()
 
-        return run
+def _repeat(side: Callable[[], object], count: int) -> None:
+    for _ in range(count):
+        side()
 
-    times = alternate({name: repeated(side) for name, side in sides.items()}, repetitions, comm.barrier)
-    return {name: [one / count for one in t] for name, t in times.items()}
+
+def _how_often(comm: Communicator, side: Callable[[], object]) -> int:
+    """How often the slowest rank can do it in a repetition: the same number on every rank."""
+    side()
+    comm.barrier()
+    start = time.perf_counter()
+    _repeat(side, TIMES_TO_ESTIMATE)
+    seconds = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
+    slowest = max(map(float, comm.all_gather(seconds))) / TIMES_TO_ESTIMATE
+    return max(1, int(SECONDS_IN_A_REPETITION / slowest))
 
 
 def _state(queries: int) -> AttentionState:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -20,13 +21,17 @@ from ..kernels import instruction_sets
 def alternate(
     sides: Mapping[str, Callable[[], object]], repetitions: int, before_each: Callable[[], object] = lambda: None
 ) -> dict[str, list[float]]:
-    """Seconds of each repetition of every side, after one to warm up; the sides take turns."""
+    """Seconds of each repetition of every side, after one to warm up; the sides take turns.
+
+    In each repetition in another order, the same on every rank: a side that follows a slow one finds cold caches.
+    """
     times: dict[str, list[float]] = {name: [] for name in sides}
+    names = list(sides)
     for repetition in range(repetitions + 1):
-        for name, work in sides.items():
+        for name in random.Random(repetition).sample(names, len(names)):
             before_each()
             start = time.perf_counter()
-            work()
+            sides[name]()
             if repetition:
                 times[name].append(time.perf_counter() - start)
     return times
