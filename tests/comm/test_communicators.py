@@ -12,6 +12,7 @@ import torch
 from torch.distributed import FileStore, HashStore
 
 from shardsum.comm import Communicator, launch
+from shardsum.comm.group import GroupCommunicator
 from shardsum.comm.mpi import MpiCommunicator
 from shardsum.comm.threads import SingleCommunicator, ThreadCommunicator
 from shardsum.comm.torch_distributed import TorchCommunicator, connect_gloo
@@ -86,8 +87,11 @@ def test_a_closed_communicator_says_so(transport: str) -> None:
 def close_and_call(comm: Communicator) -> None:
     gather = comm.all_gather_again(torch.zeros(comm.size, 3))
     gather()
+    group = GroupCommunicator(comm, [1, 0])
     comm.close()
-    for call in (gather, comm.barrier, lambda: comm.all_gather_again(torch.zeros(comm.size, 3))):
+    comm.close()
+    again = torch.zeros(comm.size, 3)
+    for call in (gather, comm.barrier, comm.hosts, group.barrier, lambda: comm.all_gather_again(again)):
         with pytest.raises(ValueError, match="closed"):
             call()
 

@@ -13,8 +13,8 @@ from .operations import Operation
 from .rabenseifner import Rabenseifner
 
 # Up to so many ranks, and bytes of all of them together, one round costs less than two or more, though it sends
-# more. `shardsum bench collectives` over MPI, 2 cores of an AMD EPYC, 2026-11-27: gathering took 0.61 of the time
-# of Rabenseifner's for 264 KB on 2 ranks and 0.63 on 4; for 1 MB 0.73 and 1.6; for 4 MB 1.7. Over Gloo less.
+# more. `shardsum bench collectives` over MPI, 2 cores of an AMD EPYC, 2026-11-27: gathering took 0.52 of the time
+# of Rabenseifner's for 264 KB on 2 ranks and 0.73 on 4; for 1 MB 0.69 and 1.3; for 4 MB 1.2 and 1.6.
 GATHERED_RANKS, GATHERED_BYTES = 4, 3 << 20
 # With more, it pays from here on to send each rank only its part of the rows.
 SCATTERED_BYTES = 1 << 18
@@ -22,7 +22,7 @@ _ONE_ROUND, _FEW_ROUNDS, _FEW_BYTES = GatherAll(), RecursiveDoubling(), Rabensei
 
 
 class Auto(Collective):
-    """One round for few ranks and bytes, few rounds for many ranks, few bytes from `SCATTERED_BYTES` on."""
+    """One round for few ranks and bytes, else few rounds for few bytes and few bytes for many."""
 
     name = "auto"
 

@@ -69,7 +69,7 @@ class Communicator(ABC):
     `epoch` is the caller's to set, to the step of a loop that it is in: ranks that are at different steps then
     raise Mismatch at their next call, where the calls alone could not tell. `calls` counts the calls agreed on.
     Raises: RankLost where a peer is gone or the deadline passes, and from then on: what is still under way could
-    meet the messages of a later operation.
+    meet the messages of a later operation. ValueError once it is closed.
     """
 
     transport: str
@@ -184,6 +184,7 @@ class Communicator(ABC):
         They are gathered once, before any payload that is counted: not part of the traffic.
         """
         if self._hosts is None:
+            self._check()
             name = socket.gethostname().encode()[:_HOST_BYTES].ljust(_HOST_BYTES, b"\0")
             everyones = torch.empty(self.size * _HOST_BYTES, dtype=torch.uint8)
             self._all_gather(

@@ -37,7 +37,8 @@ _LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "LOCAL_WORLD_SI
 def connect(transport: str | None = None, deadline: float = DEFAULT_DEADLINE_SECONDS) -> Communicator:
     """This rank's communicator: found from the environment, or over the transport named.
 
-    Inside `launch` it is that rank's (where ranks are threads, in the rank's own thread only). Under mpiexec it
+    Inside `launch` it is that rank's (where ranks are threads, in the rank's own thread only), which `launch`
+    closes; once you have, there is no other. Under mpiexec it
     is "mpi"; under torchrun "nccl" if there is a CUDA device, else "gloo"; otherwise the single rank. `deadline`
     is the longest wait in seconds. Called again, it returns the same communicator. Under a launcher that leaves
     each process one thread, torch gets this rank's share of the machine's cores.
@@ -84,7 +85,7 @@ def as_communicator(comm: object) -> Communicator:
         group = group.get_group()
     if not isinstance(group, ProcessGroup):
         raise ValueError(f"comm must be a Communicator, ProcessGroup or DeviceMesh: got {type(comm).__name__}.")
-    if group not in _of_groups:
+    if group not in _of_groups or _of_groups[group].closed:
         _of_groups[group] = TorchCommunicator(group, group.rank(), group.size(), get_backend(group))
     return _of_groups[group]
 

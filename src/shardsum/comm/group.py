@@ -29,6 +29,10 @@ class GroupCommunicator(Communicator):
         self._scratch = parent._scratch
         self._parent, self._members = parent, list(members)
 
+    def _check(self) -> None:
+        super()._check()
+        self._parent._check()
+
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
         self._all_to_all([as_bytes(send)] * self.size, as_bytes(receive), sizes)
 

@@ -40,8 +40,9 @@ class MpiCommunicator(Communicator):
         self._in_place, self._is_over = library.IN_PLACE, library.Is_finalized
 
     def close(self) -> None:
-        super().close()
-        self._mpi.Free()
+        if not self.closed:
+            super().close()
+            self._mpi.Free()
 
     def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
         start, to_all, from_all = self._mpi.Iallgather, self._buffer(send), self._buffer(receive)
