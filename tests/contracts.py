@@ -81,7 +81,7 @@ def check_all_gather_again_and_again(comm: Communicator) -> None:
             pieces[comm.rank] = 10 * number + comm.rank
             gather()
             ranks = torch.arange(comm.size) + 10.0 * number
-            _same(pieces, torch.stack([ranks] * length, 1) if length else pieces)
+            _same(pieces, ranks.unsqueeze(1).repeat(1, length))
             comm.barrier()  # before others' parts change
         sent = comm.traffic - before
         others = comm.size - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -94,16 +96,14 @@ WHEN = ("before the first call", "agreement", "payload", "between", "backward", 
 
 def _arm(comm: Communicator, operation: int, end: Callable[[], Any]) -> None:
     """End this rank when it comes to that operation from here on: 1 is the agreement, 2 the first payload."""
-    count = comm._count_round
+    count, numbers = comm._count_round, itertools.count(1)
 
     def counted(sent_bytes: int, messages: int) -> None:
-        counted.left -= 1  # type: ignore[attr-defined]
-        if counted.left == 0:  # type: ignore[attr-defined]
+        if next(numbers) == operation:
             end()
         count(sent_bytes, messages)
 
-    counted.left = operation  # type: ignore[attr-defined]
-    comm._count_round = counted  # type: ignore[method-assign]
+    mock.patch.object(comm, "_count_round", counted).start()
 
 
 def end_at(comm: Communicator, how: str, when: str, directory: str) -> None:

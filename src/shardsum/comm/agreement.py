@@ -94,7 +94,6 @@ def agree(
     rank gave its own.
     """
     comm.calls += 1
-    header = b""
     if error is None:
         try:
             described = call if isinstance(call, Description) else Description.of(call)

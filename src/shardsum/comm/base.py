@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ NOTHING = torch.empty(0, dtype=torch.uint8)
 # What is sent, to whom, where to receive, from whom.
 Message = tuple[Tensor, int, Tensor, int]
 T = TypeVar("T")
-P = ParamSpec("P")
 
 
 @dataclass
@@ -160,22 +159,14 @@ class Communicator(ABC):
         """Working memory (count, *shape), and its parts: the same at every call for one use, whatever is in it."""
         shape = like.shape if shape is None else shape
         key = (use, count, shape, like.dtype, like.device)
-        found = self._scratch.get(key)
-        if found is None:
-            whole = kept_memory(count, *shape, dtype=like.dtype, device=like.device)
-            found = whole, list(whole.unbind())
-            _keep(self._scratch, key, found, whole.nbytes)
-        return found
+        return _kept(self._scratch, key, _working_memory, like, count, shape)
 
-    def kept(self, key: Hashable, make: Callable[P, tuple[T, int]], *args: P.args, **options: P.kwargs) -> T:
+    def kept(self, key: Hashable, make: Callable[..., tuple[T, int]], *args: object) -> T:
         """What `make(*args)` gave for this key, or gives now, with the bytes that it holds.
 
         All ranks ask for the same in the same order: making it may be an operation of theirs.
         """
-        found: T | None = self._kept.get(key)
-        if found is None:
-            found, held_bytes = make(*args, **options)
-            _keep(self._kept, key, found, held_bytes)
+        found: T = _kept(self._kept, key, make, *args)
         return found
 
     def hosts(self) -> tuple[str, ...]:
@@ -259,11 +250,20 @@ def as_bytes(part: Tensor) -> Tensor:
     return part.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _keep(kept: dict[Hashable, T], key: Hashable, made: T, made_bytes: int) -> None:
-    if made_bytes <= KEPT_BYTES:
-        if len(kept) == KEPT_SIZES:
-            kept.clear()
-        kept[key] = made
+def _kept(kept: dict[Hashable, T], key: Hashable, make: Callable[..., tuple[T, int]], *args: object) -> T:
+    found = kept.get(key)
+    if found is None:
+        found, held_bytes = make(*args)
+        if held_bytes <= KEPT_BYTES:
+            if len(kept) == KEPT_SIZES:
+                kept.clear()
+            kept[key] = found
+    return found
+
+
+def _working_memory(like: Tensor, count: int, shape: Sequence[int]) -> tuple[tuple[Tensor, list[Tensor]], int]:
+    whole = kept_memory(count, *shape, dtype=like.dtype, device=like.device)
+    return (whole, list(whole.unbind())), whole.nbytes
 
 
 def _call_all(waits: Sequence[Callable[[], None]]) -> None:

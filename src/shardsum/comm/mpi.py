@@ -53,7 +53,7 @@ class MpiCommunicator(Communicator):
     def _all_gather_again(self, pieces: Tensor) -> Callable[[], None]:
         try:
             request = self._mpi.Allgather_init(self._in_place, self._buffer(pieces))
-        except NotImplementedError:  # an MPI older than 4.0
+        except NotImplementedError:  # an MPI older than 4.0, as Open MPI 4 is
             return super()._all_gather_again(pieces)
         except self._error as failure:
             raise self._lost_by(failure) from failure
