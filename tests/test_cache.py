@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shardsum import KVCache, Layout, Mismatch, Unsupported, connect, launch, shard
-from shardsum.attend import Prepared
+from shardsum.prepared import PreparedCall
 from shardsum.comm import Communicator
 
 from . import dense
@@ -413,13 +413,13 @@ def test_calls_of_other_sizes_are_other_calls() -> None:
 
 
 def test_the_layers_of_a_step_share_what_they_have_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Prepared] = []
+    made: list[PreparedCall] = []
 
-    def counted(*arguments: Any) -> Prepared:
-        made.append(Prepared(*arguments))
+    def counted(*arguments: Any) -> PreparedCall:
+        made.append(PreparedCall(*arguments))
         return made[-1]
 
-    monkeypatch.setattr("shardsum.cache.Prepared", counted)
+    monkeypatch.setattr("shardsum.kv.cache.PreparedCall", counted)
     q, k, v = tokens(20)
     cache = new_cache(connect("single"), layers=3)
     for step in range(20):

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardsum import Layout
-from shardsum.layouts import NAMES, Placement
+from shardsum.layouts import NAMES
 from shardsum.masks import Mask
+from shardsum.placement import Placement
 
 weights = st.lists(st.floats(0, 5), min_size=1, max_size=6).filter(lambda shares: sum(shares) > 0)
 documents = st.lists(st.integers(0, 60), min_size=1, max_size=6).map(lambda lengths: [0, *accumulate(lengths)])
@@ -150,6 +151,6 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(ValueError, match="not all zero"):
         Layout.weighted([0, 0])
     with pytest.raises(ValueError, match=r"cuts 6 keys into \[3, 3\]: got \[2, 4\]"):
-        Placement.of(Layout("zigzag"), [2, 4], "keys")
+        Layout("zigzag").of_lengths([2, 4], "keys")
     with pytest.raises(ValueError, match="same queries on every rank"):
         Placement.replicated([1, 2])

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardsum import KVCache, connect
-from shardsum.layouts import Layout, Placement
-from shardsum.owners import Owners
+from shardsum.kv.owners import Owners
+from shardsum.layouts import Layout
+from shardsum.placement import Placement
 
 
 def shards(length: int, layout: str, size: int, unit: int) -> Placement:
-    return Placement(tuple(Layout(layout).positions(length, rank, size, unit) for rank in range(size)))
+    return Layout(layout).placement(length, size, unit)
 
 
 def in_turn(owners: list[int], length: int, size: int, unit: int) -> list[int]:
@@ -30,7 +31,7 @@ def in_turn(owners: list[int], length: int, size: int, unit: int) -> list[int]:
 
 def check(placement: Placement, owners: list[int], size: int) -> None:
     expected = [[p for p, owner in enumerate(owners) if owner == rank] for rank in range(size)]
-    assert [held.tolist() for held in placement.positions] == expected
+    assert [placement.positions(rank).tolist() for rank in range(size)] == expected
 
 
 @given(st.data(), st.integers(1, 5), st.sampled_from([1, 3]))
@@ -47,8 +48,8 @@ def test_as_one_list_and_what_was_returned_stays(data: st.DataObject, size: int,
             length, layout = data.draw(st.integers(0, 40)), data.draw(st.sampled_from(["zigzag", "contiguous"]))
             some, end = shards(length, layout, size, unit), len(owners) + data.draw(st.integers(0, length))
             base, where = len(owners), torch.empty(length, dtype=torch.int64)
-            for rank, positions in enumerate(some.positions):
-                where[positions] = rank
+            for rank in range(size):
+                where[some.positions(rank)] = rank
             owners = owners + where[: end - base].tolist()
             found.take_shards(base, end, some)
             found.take_shards(base, end, some)  # the next layer's

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardsum import Layout, Unsupported
-from shardsum.tree import SEGMENT, Forest, Node, cover, held_segments, segments, spans
+from shardsum.placement import Runs
+from shardsum.tree import SEGMENT, Forest, Node, cover, segments
+
+
+def segment_numbers(positions: torch.Tensor, length: int) -> list[int]:
+    """The numbers of the segments that make up these positions."""
+    nodes = [node for node, _ in Runs.of(positions).spans(length)]
+    ends = [min((node.place + 1) << node.level, segments(length)) for node in nodes]
+    return [number for node, end in zip(nodes, ends, strict=True) for number in range(node.first, end)]
 
 
 def joined(a: str, b: str) -> str:
@@ -64,18 +72,20 @@ def test_parts_come_in_their_order() -> None:
 def test_shards_are_whole_segments(length: int, size: int, name: str) -> None:
     shards = [Layout(name).positions(length, rank, size, SEGMENT) for rank in range(size)]
     assert torch.equal(torch.cat(shards).sort().values, torch.arange(length))
-    held = [held_segments(shard, length) for shard in shards]
+    held = [segment_numbers(shard, length) for shard in shards]
     assert sorted(itertools.chain(*held)) == list(range(segments(length)))
     assert max(map(len, held)) - min(map(len, held)) <= (2 if name == "zigzag" else 1)
     for shard in shards:
         ends = 0
-        for node, some in spans(shard, length):
+        for node, some in Runs.of(shard).spans(length):
             assert some.start == ends
             assert shard[some].tolist() == list(
                 range(node.first * SEGMENT, node.first * SEGMENT + some.stop - some.start)
             )
             ends = some.stop
         assert ends == len(shard)
+    placement = Layout(name).placement(length, size, SEGMENT)
+    assert placement.node_counts.tolist() == [len(placement.runs(rank).spans(length)) for rank in range(size)]
 
 
 def test_few_nodes_for_a_contiguous_shard() -> None:
@@ -85,7 +95,7 @@ def test_few_nodes_for_a_contiguous_shard() -> None:
 
 def test_a_segment_that_is_cut_is_refused() -> None:
     with pytest.raises(Unsupported, match="whole segments of 256"):
-        held_segments(torch.arange(300), 1000)
+        segment_numbers(torch.arange(300), 1000)
 
 
 @given(st.data(), st.integers(1, 1500))
@@ -97,7 +107,7 @@ def test_any_positions_are_whole_segments_or_refused(data: st.DataObject, length
     whole = all(set(range(s * SEGMENT, min((s + 1) * SEGMENT, length))) <= held for s in numbers)
     positions = torch.tensor(sorted(held), dtype=torch.int64)
     if whole:
-        assert held_segments(positions, length) == numbers
+        assert segment_numbers(positions, length) == numbers
     else:
         with pytest.raises(Unsupported):
-            held_segments(positions, length)
+            segment_numbers(positions, length)

@@ -1,7 +1,7 @@
 """Exact attention over keys and values that live on many machines, as one weighted sum."""
 
 from .attention import attention
-from .cache import KVCache
+from .kv import KVCache
 from .comm import Communicator, connect, launch
 from .context_parallel import context_parallel
 from .errors import Mismatch, NonFiniteWarning, RankLost, Unsupported

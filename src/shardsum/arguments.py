@@ -18,7 +18,7 @@ from .errors import Unsupported
 from .kernels import Kernel
 from .layouts import Layout, as_layout
 from .masks import Mask
-from .problem import Problem, state_dtype
+from .problem import Sizes, state_dtype
 from .strategies import Strategy, as_strategy
 from .tree import unit
 
@@ -59,7 +59,7 @@ class Arguments:
     lengths: tuple[int, ...] | None = None  # of a cache: how many keys each sequence has; its queries end there
     reordered: int = 0  # of a cache: a digest of how its sequences were reordered
 
-    def describe(self, problem: Problem) -> dict[str, Any]:
+    def describe(self, sizes: Sizes) -> dict[str, Any]:
         """The arguments as JSON values, checked as far as one rank alone can check them."""
         layout, strategy = as_layout(self.layout), as_strategy(self.strategy)
         for name, pair in (
@@ -74,11 +74,9 @@ class Arguments:
             raise ValueError("cu_seqlens_k needs cu_seqlens: state the documents of the queries too.")
         if whole("sink_tokens", self.sink_tokens) < 0:
             raise ValueError(f"sink_tokens must be 0 or more: got {self.sink_tokens}.")
-        if self.bias is not None and strategy is not None and not (strategy.rows_stay or self.q_replicated):
-            raise Unsupported(f"bias stays with its rows, and {strategy.name} moves rows. Use all_gather or ring.")
-        self._check_scores(problem)
+        self._check_scores(sizes)
         if self.return_bound:
-            self._check_bound(problem.dtype)
+            self._check_bound(sizes.dtype)
         intervals = self.key_intervals
         return {
             "layout": layout.describe(),
@@ -91,10 +89,10 @@ class Arguments:
             "key_range": None if self.key_range is None else [listed("key_range", x) for x in self.key_range],
             "prefix": listed("prefix", self.prefix),
             "sink_tokens": whole("sink_tokens", self.sink_tokens),
-            "key_intervals": None if intervals is None else _interval_rows(intervals, problem),
+            "key_intervals": None if intervals is None else _interval_rows(intervals, sizes),
             "scale": "a tensor" if isinstance(self.scale, Tensor) else self.scale and float(self.scale),
             "softcap": self.softcap and float(self.softcap),
-            "alibi_slopes": _digest(self.slopes(problem.dtype)),
+            "alibi_slopes": _digest(self.slopes(sizes.dtype)),
             "sinks": _digest(self.sinks),
             "bias": None if self.bias is None else [*self.bias.shape[:2], self.bias.shape[3]],
             "dropout_p": float(self.dropout_p),
@@ -118,9 +116,9 @@ class Arguments:
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"alibi_slopes must be numbers: got {self.alibi_slopes!r}.") from None
 
-    def _check_scores(self, problem: Problem) -> None:
+    def _check_scores(self, sizes: Sizes) -> None:
         if isinstance(self.scale, Tensor):
-            _check_scale(self.scale, problem)
+            _check_scale(self.scale, sizes)
         elif self.scale is not None and not math.isfinite(_number("scale", self.scale)):
             raise ValueError(f"scale must be a finite number: got {self.scale}.")
         if self.softcap is not None and not 0.0 < _number("softcap", self.softcap) < math.inf:
@@ -131,17 +129,17 @@ class Arguments:
             if tensor is not None and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
                 also = " A mask is a bias of 0 and -inf." if name == "bias" else ""
                 raise ValueError(f"{name} must be a tensor of floats: got {_kind(tensor)}.{also}")
-        for name, values in (("alibi_slopes", self.slopes(problem.dtype)), ("sinks", self.sinks)):
+        for name, values in (("alibi_slopes", self.slopes(sizes.dtype)), ("sinks", self.sinks)):
             shape = None if values is None else tuple(values.shape)
-            if shape not in (None, (problem.q_heads,)):
-                raise ValueError(f"{name} must be (q_heads,): got {shape} for {problem.q_heads} heads.")
+            if shape not in (None, (sizes.q_heads,)):
+                raise ValueError(f"{name} must be (q_heads,): got {shape} for {sizes.q_heads} heads.")
         if self.bias is None:
             return
-        sizes = ((1, problem.batch), (1, problem.q_heads), (problem.q_len,))
-        if self.bias.ndim != 4 or any(size not in s for size, s in zip(self.bias.shape[:3], sizes, strict=True)):
+        allowed = ((1, sizes.batch), (1, sizes.q_heads), (sizes.q_len,))
+        if self.bias.ndim != 4 or any(size not in s for size, s in zip(self.bias.shape[:3], allowed, strict=True)):
             raise ValueError(
                 "bias must be (batch or 1, q_heads or 1, this rank's queries, all keys): got "
-                f"{tuple(self.bias.shape)}, batch {problem.batch}, {problem.q_heads} heads, {problem.q_len} rows."
+                f"{tuple(self.bias.shape)}, batch {sizes.batch}, {sizes.q_heads} heads, {sizes.q_len} rows."
             )
 
     def _check_bound(self, dtype: torch.dtype) -> None:
@@ -202,23 +200,23 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
-def _check_scale(scale: Tensor, problem: Problem) -> None:
-    sizes = ((1, problem.batch), (1, problem.q_heads), (problem.q_len,))
-    per_query = scale.ndim == 3 and all(size in s for size, s in zip(scale.shape, sizes, strict=True))
-    if scale.is_complex() or not (scale.ndim == 0 or tuple(scale.shape) == (problem.q_heads,) or per_query):
+def _check_scale(scale: Tensor, sizes: Sizes) -> None:
+    allowed = ((1, sizes.batch), (1, sizes.q_heads), (sizes.q_len,))
+    per_query = scale.ndim == 3 and all(size in s for size, s in zip(scale.shape, allowed, strict=True))
+    if scale.is_complex() or not (scale.ndim == 0 or tuple(scale.shape) == (sizes.q_heads,) or per_query):
         raise ValueError(
             "scale must be a number, or a tensor (), (q_heads,) or (batch or 1, q_heads or 1, this rank's "
-            f"queries): got {_kind(scale)}, batch {problem.batch}, {problem.q_heads} heads, {problem.q_len} rows."
+            f"queries): got {_kind(scale)}, batch {sizes.batch}, {sizes.q_heads} heads, {sizes.q_len} rows."
         )
 
 
-def _interval_rows(intervals: tuple[Tensor, Tensor], problem: Problem) -> int:
+def _interval_rows(intervals: tuple[Tensor, Tensor], sizes: Sizes) -> int:
     """The number of sequences that the intervals are given for: batch, or 1."""
-    shapes = [(rows, problem.q_len) for rows in (1, problem.batch)]
+    shapes = [(rows, sizes.q_len) for rows in (1, sizes.batch)]
     for bound in intervals:
         if not isinstance(bound, Tensor) or bound.is_floating_point() or tuple(bound.shape) not in shapes:
             raise ValueError(
-                f"key_intervals must be (lo, hi), each whole numbers (batch or 1, {problem.q_len} queries of this "
+                f"key_intervals must be (lo, hi), each whole numbers (batch or 1, {sizes.q_len} queries of this "
                 f"rank): got {' and '.join(map(_kind, intervals))}."
             )
     return int(torch.broadcast_shapes(*(bound.shape for bound in intervals))[0])

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .arguments import Arguments, Indices, Window, autocast
-from .attend import attend
+from .prepared import attend
 from .collectives import Collective
 from .comm import Communicator, as_communicator
 from .kernels import Kernel

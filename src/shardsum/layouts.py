@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .errors import Mismatch, Unsupported
-from .tree import Node, spans
+from .errors import Unsupported
+from .placement import Placement, Positions
 
-Positions = Int[Tensor, " positions"]
 NAMES = ("contiguous", "zigzag", "striped")
 # What a rank's share of packed documents may lack or have too much if that saves cutting a document.
 SLACK = 0.01
@@ -90,38 +89,62 @@ class Layout:
         """The layout as JSON values, for the agreement."""
         return [self.name, *self.weights, *self.documents]
 
-    def positions(self, length: int, rank: int, size: int, unit: int = 1) -> Positions:
-        """The global positions that `rank` of `size` holds of a sequence of `length`, increasing.
+    def placement(self, length: int, size: int, unit: int = 1) -> Placement:
+        """Where a sequence of `length` positions lies on `size` ranks.
 
-        With a `unit` so many positions stay together: the layout gives units to ranks as it gives positions else.
+        Units of `unit` positions stay together: the layout gives units to ranks as it gives positions otherwise.
+        Raises: ValueError for weights or documents of another sequence; Unsupported for units of packed documents.
         """
         if self.name == "packed":
-            if unit > 1:
-                raise Unsupported(
-                    "Layout.packed cuts between units of positions: use contiguous, zigzag or striped."
-                )
-            if length != self.documents[-1]:
-                raise ValueError(
-                    f"Layout.packed is of {self.documents[-1]} positions: got a sequence of {length}."
-                )
-            return _packed(self.documents, size)[rank]
+            return self._of_documents(length, size, unit)
         units = -(-length // unit)
         if self.name == "striped":
-            held = torch.arange(min(rank, units), units, size)
-        else:
-            edges = self._edges(units, size)
-            chunks = [rank] if self.name == "contiguous" else [rank, 2 * size - 1 - rank]
-            held = torch.cat([torch.arange(edges[chunk], edges[chunk + 1]) for chunk in chunks])
-        if unit == 1:
-            return held
-        positions = (held.unsqueeze(1) * unit + torch.arange(unit)).flatten()
-        return positions[positions < length]
+            return _striped(length, size, unit)
+        edges = (self._edges(units, size) * unit).clamp(max=length)
+        starts, counts = edges[:-1], edges.diff()
+        if self.name == "contiguous":
+            return Placement(size, torch.arange(size), starts, counts)
+        chunks = torch.stack([torch.arange(size), 2 * size - 1 - torch.arange(size)], dim=1).flatten()
+        return Placement(size, torch.arange(size).repeat_interleave(2), starts[chunks], counts[chunks])
+
+    def positions(self, length: int, rank: int, size: int, unit: int = 1) -> Positions:
+        """The global positions that `rank` of `size` holds of a sequence of `length`, increasing."""
+        return self.placement(length, size, unit).positions(rank)
 
     def lengths(self, length: int, size: int, unit: int = 1) -> list[int]:
         """How many positions each of `size` ranks holds of a sequence of `length`."""
-        return [len(self.positions(length, rank, size, unit)) for rank in range(size)]
+        return self.placement(length, size, unit).lengths
 
-    def _edges(self, length: int, size: int) -> list[int]:
+    def of_lengths(self, local_lengths: Sequence[int], what: str, unit: int = 1) -> Placement:
+        """The placement of a sequence of which each rank holds `local_lengths[rank]`; `what`: its items' name.
+
+        Contiguous takes whatever lengths the ranks hold; the other layouts determine them, in whole units. A unit
+        is one position, or a segment of the fixed tree.
+        Raises: ValueError where a rank holds another number than the layout gives it.
+        """
+        size, length = len(local_lengths), sum(local_lengths)
+        if self.name == "contiguous":
+            placement = Placement.contiguous(local_lengths)
+            return placement if unit == 1 else placement.of_whole_segments()
+        placement = self.placement(length, size, unit)
+        if placement.lengths != list(local_lengths):
+            units = "" if unit == 1 else f", in whole segments of {unit},"
+            also = "" if unit == 1 else " and reproducible=True"
+            raise ValueError(
+                f"layout {self.name} over {size} ranks cuts {length} {what}{units} into {placement.lengths}: "
+                f"got {list(local_lengths)}. Use shardsum.shard with the same layout{also}."
+            )
+        return placement
+
+    def _of_documents(self, length: int, size: int, unit: int) -> Placement:
+        if unit > 1:
+            raise Unsupported("Layout.packed cuts between units of positions: use contiguous, zigzag or striped.")
+        if length != self.documents[-1]:
+            raise ValueError(f"Layout.packed is of {self.documents[-1]} positions: got a sequence of {length}.")
+        return _packed(self.documents, size)
+
+    def _edges(self, length: int, size: int) -> Tensor:
+        """Where the chunks of a sequence begin and end: (chunks + 1,)."""
         if self.name == "weighted":
             if len(self.weights) != size:
                 raise ValueError(
@@ -129,77 +152,26 @@ class Layout:
                     f"got {len(self.weights)} weights, {size} ranks."
                 )
             shares = torch.tensor([*self.weights, *reversed(self.weights)], dtype=torch.float64)
-            return [0, *(shares.cumsum(0) / shares.sum() * length).round().long().tolist()]
+            edges = (shares.cumsum(0) / shares.sum() * length).round().long()
+            return torch.cat([edges.new_zeros(1), edges])
         chunks = size if self.name == "contiguous" else 2 * size
         whole, rest = divmod(length, chunks)
-        return [chunk * whole + min(chunk, rest) for chunk in range(chunks + 1)]
+        numbers = torch.arange(chunks + 1)
+        return numbers * whole + numbers.clamp(max=rest)
 
 
-@dataclass(frozen=True, eq=False)
-class Placement:
-    """Which positions of one sequence each rank holds in one call: the layout, applied to real lengths."""
-
-    positions: tuple[Positions, ...]
-
-    @classmethod
-    def of(cls, layout: Layout, local_lengths: Sequence[int], what: str, unit: int = 1) -> Placement:
-        """The placement of a sequence of which each rank holds `local_lengths[rank]`.
-
-        Contiguous takes whatever lengths the ranks hold; the other layouts determine them, in whole units. A unit
-        is one position, or a segment of the fixed tree.
-        Raises: ValueError where a rank holds another number than the layout gives it.
-        """
-        size, length = len(local_lengths), sum(local_lengths)
-        if layout.name == "contiguous":
-            placement = cls(torch.split(torch.arange(length), list(local_lengths)))
-            return placement if unit == 1 else placement.of_whole_segments()
-        expected = layout.lengths(length, size, unit)
-        if expected != list(local_lengths):
-            units = "" if unit == 1 else f", in whole segments of {unit},"
-            also = "" if unit == 1 else " and reproducible=True"
-            raise ValueError(
-                f"layout {layout.name} over {size} ranks cuts {length} {what}{units} into {expected}: "
-                f"got {list(local_lengths)}. Use shardsum.shard with the same layout{also}."
-            )
-        return cls(tuple(layout.positions(length, rank, size, unit) for rank in range(size)))
-
-    @classmethod
-    def replicated(cls, lengths: Sequence[int]) -> Placement:
-        """The placement of a sequence that every rank holds whole."""
-        if len(set(lengths)) > 1:
-            raise Mismatch(f"q_replicated needs the same queries on every rank: got {list(lengths)} queries.")
-        return cls((torch.arange(lengths[0]),) * len(lengths))
-
-    @functools.cached_property
-    def length(self) -> int:
-        return sum(len(positions) for positions in self.positions)
-
-    @functools.cached_property
-    def spans(self) -> tuple[list[tuple[Node, slice]], ...]:
-        """The nodes of the fixed tree that each rank holds, and where among its own each node's positions lie.
-
-        Raises: Unsupported where a segment is cut.
-        """
-        return tuple(spans(held, self._end) for held in self.positions)
-
-    def spans_of(self, rank: int, some: slice | Tensor) -> list[tuple[Node, slice]]:
-        """The same of some of one rank's positions, in whole segments; what it holds whole is found once."""
-        if isinstance(some, slice) and some == slice(None):
-            return self.spans[rank]
-        return spans(self.positions[rank][some], self._end)
-
-    @property
-    def _end(self) -> int:
-        return max((int(held[-1]) + 1 for held in self.positions if len(held)), default=0)
-
-    def of_whole_segments(self) -> Placement:
-        """Itself. Raises: Unsupported, on every rank alike, where a segment is cut."""
-        assert len(self.spans) == len(self.positions)
-        return self
+def _striped(length: int, size: int, unit: int) -> Placement:
+    if unit == 1:
+        ranks = torch.arange(size)
+        return Placement(size, ranks, ranks, (length - ranks + size - 1) // size, torch.full_like(ranks, size))
+    units = torch.arange(-(-length // unit))
+    rank, order = (units % size).sort(stable=True)
+    start = units[order] * unit
+    return Placement(size, rank, start, (length - start).clamp(max=unit))
 
 
 @functools.lru_cache(maxsize=16)  # each layer of a model asks
-def _packed(documents: tuple[int, ...], size: int) -> list[Positions]:
+def _packed(documents: tuple[int, ...], size: int) -> Placement:
     """What each rank holds, as `Layout.packed` says.
 
     Positions stand in one line, the longest document first, and in each document as row 0, the last, row 1, the
@@ -223,7 +195,7 @@ def _packed(documents: tuple[int, ...], size: int) -> list[Positions]:
         taken = int((price + off / (4 * work[-1] + 1)).argmin())
         held.append(torch.cat([line[first : first + taken], line[last - count + taken : last]]).sort().values)
         first, last = first + taken, last - count + taken
-    return held
+    return Placement.of(held)
 
 
 def _folded(start: int, length: int) -> Tensor:

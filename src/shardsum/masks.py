@@ -2,21 +2,28 @@
 
 Causal, sliding window, packed documents, padding, and any of them intersected let row i see the keys
 `[lo_i, hi_i)` and no others; first tokens or a prefix beside a window are a second interval. Intervals are of
-*global* key indices; the visible part of a shard whose positions increase is again one interval per row, found by
-`localize`.
+*global* key indices; the visible part of a shard whose positions increase is again one interval per row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from .errors import Unsupported
 
 Rows = Int[Tensor, "batch_or_1 rows"]
+
+
+class Bounds(NamedTuple):
+    """One interval of keys for each query row: the row sees the keys lo <= j < hi."""
+
+    lo: Rows
+    hi: Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,66 +66,138 @@ class Mask:
         name = "cu_seqlens" if self.cu_seqlens_k is self.cu_seqlens else "cu_seqlens_k"
         _check_documents(name, self.cu_seqlens_k, self.kv_len, "keys")
 
-    def intervals(self, rows: Int[Tensor, " rows"]) -> list[tuple[Rows, Rows]]:
-        """Disjoint intervals: the query rows with these global indices see the global keys lo <= j < hi of each.
+    @property
+    def parts(self) -> int:
+        """How many intervals a row has at most: two if first tokens or a prefix are seen beside the others."""
+        return 2 if self.sink_tokens or self.prefix is not None else 1
 
-        There are two if first tokens or a prefix are seen beside a window or the causal past, else one.
+    def intervals(self, rows: Int[Tensor, " rows"]) -> list[Bounds]:
+        """Disjoint intervals, `parts` of them: the query rows with these global indices see lo <= j < hi of each.
+
         Shapes: each (batch or 1, rows), int64. A row that sees nothing of an interval has lo == hi.
         """
-        first, end, own = self._documents(rows)
-        if self.key_range is not None:
-            start, stop = (bound.to(rows.device, torch.int64).view(-1, 1) for bound in self.key_range)
-            first, end = torch.maximum(first, start), torch.minimum(end, stop)
-        lo, hi = first, end
-        if self.causal:
-            hi = torch.minimum(hi, own + 1)
-        past = hi
-        left, right = self.window
-        if left is not None:
-            lo = torch.maximum(lo, own - left)
-        if right is not None:
-            hi = torch.minimum(hi, own + right + 1)
-        found = [(lo, hi)]
-        if self.sink_tokens or self.prefix is not None:
-            head = torch.minimum(first + self.sink_tokens, past)
-            if self.prefix is not None:
-                head = torch.maximum(head, first + self.prefix.to(first).view(-1, 1))
-            head = torch.maximum(torch.minimum(head, end), first)
+        first, bounds = self._overlapping(rows)
+        if len(bounds) == 2:
+            (_, head), (lo, hi) = bounds
             # Where the first keys reach the window, both are one interval.
             joined = (lo <= head) & (lo < hi)
             head = torch.where(joined, torch.maximum(head, hi), head)
-            found = [(first, head), (torch.where(joined, hi, lo), hi)]
+            bounds = [Bounds(first, head), Bounds(torch.where(joined, hi, lo), hi)]
+        return [self._clamped(lo, hi) for lo, hi in self._intersected(bounds, rows)]
+
+    def seen_between(self, first: Int[Tensor, " pairs"], last: Int[Tensor, " pairs"]) -> list[Bounds]:
+        """The keys that some row from `first` to `last` sees, `parts` intervals for each pair; they may overlap.
+
+        Both rows of a pair are of one document, and between two rows that follow each other no key is left out:
+        see `leaves_out`. Shapes: each (batch or 1, pairs).
+        """
+        (_, at_first), (_, at_last) = self._overlapping(first), self._overlapping(last)
+        bounds = [Bounds(a.lo, b.hi) for a, b in zip(at_first, at_last, strict=True)]
+        return [self._clamped(lo, hi) for lo, hi in self._intersected(bounds, first)]
+
+    def leaves_out(self, step: Int[Tensor, " pairs"]) -> Bool[Tensor, " pairs"]:
+        """Whether rows so far apart may see two keys and none of those between."""
         if self.key_intervals is not None:
-            given_lo, given_hi = (bound.to(rows.device)[:, rows] for bound in self.key_intervals)
-            found = [(torch.maximum(lo, given_lo), torch.minimum(hi, given_hi)) for lo, hi in found]
-        return [self._clamped(lo, hi) for lo, hi in found]
+            return torch.ones_like(step, dtype=torch.bool)
+        left, right = self._reach
+        return step > (torch.inf if left is None or right is None else left + right + 1)
 
-    def _clamped(self, lo: Tensor, hi: Tensor) -> tuple[Rows, Rows]:
-        lo, hi = torch.broadcast_tensors(lo.clamp(0, self.kv_len), hi.clamp(0, self.kv_len))
-        return lo, torch.maximum(lo, hi)
+    def rows_seeing(self, start: Int[Tensor, " runs"], stop: Int[Tensor, " runs"]) -> list[Bounds]:
+        """The rows that see some key j with start <= j < stop, `parts` intervals for each run; they may overlap.
 
-    def own(self, rows: Int[Tensor, " rows"]) -> Rows:
+        The keys of a run are of one document; without `key_intervals`. Shapes: each (batch or 1, runs).
+        """
+        assert self.key_intervals is None, "rows with keys of their own are asked one by one"
+        row, row_end, shift, first, end = self._documents_of_keys(start)
+        start, stop = torch.maximum(start, first), torch.minimum(stop, end)
+        left, right = self._reach
+        lo = row if right is None else torch.maximum(row, start - right - shift)
+        hi = row_end if left is None else torch.minimum(row_end, stop + left - shift)
+        found = [(lo, hi)]
+        if self.parts == 2:
+            tokens = torch.maximum(row, start - shift) if self.causal else row
+            of_tokens = torch.where(start < first + self.sink_tokens, tokens, row_end)
+            if self.prefix is not None:
+                prefix = first + self.prefix.to(first).view(-1, 1)
+                of_tokens = torch.where(start < prefix, row, of_tokens)
+            found.append((of_tokens, row_end))
+        empty = start >= stop
+        return [Bounds(*torch.broadcast_tensors(lo, hi.masked_fill(empty, 0))) for lo, hi in found]
+
+    def diagonal(self, rows: Int[Tensor, " rows"]) -> Rows:
         """Each row's own position, as a global key index: what distances are measured from."""
         return self._documents(rows)[2]
 
+    @property
+    def _reach(self) -> tuple[int | None, int | None]:
+        """How many keys before a row's own position it sees, and how many behind that; None is all."""
+        left, right = self.window
+        return left, 0 if self.causal else right
+
+    def _overlapping(self, rows: Tensor) -> tuple[Rows, list[Bounds]]:
+        """Each row's first permitted key, then its intervals: the first keys and the others, which may overlap."""
+        first, end, diagonal = self._permitted(rows)
+        left, right = self._reach
+        lo = first if left is None else torch.maximum(first, diagonal - left)
+        hi = end if right is None else torch.minimum(end, diagonal + right + 1)
+        others = Bounds(torch.minimum(lo, end), torch.maximum(hi, first))
+        if self.parts == 1:
+            return first, [others]
+        past = torch.minimum(end, diagonal + 1) if self.causal else end
+        head = torch.minimum(first + self.sink_tokens, past)
+        if self.prefix is not None:
+            head = torch.maximum(head, first + self.prefix.to(first).view(-1, 1))
+        return first, [Bounds(first, torch.maximum(torch.minimum(head, end), first)), others]
+
+    def _intersected(self, bounds: list[Bounds], rows: Tensor) -> list[Bounds]:
+        if self.key_intervals is None:
+            return bounds
+        lo, hi = (bound.to(rows.device)[:, rows] for bound in self.key_intervals)
+        return [Bounds(torch.maximum(one.lo, lo), torch.minimum(one.hi, hi)) for one in bounds]
+
+    def _clamped(self, lo: Tensor, hi: Tensor) -> Bounds:
+        lo, hi = torch.broadcast_tensors(lo.clamp(0, self.kv_len), hi.clamp(0, self.kv_len))
+        return Bounds(lo, torch.maximum(lo, hi))
+
+    def _permitted(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each row's first and last permitted key, by document and key_range, and its own position."""
+        first, end, diagonal = self._documents(rows)
+        return *self._in_range(first, end), diagonal
+
+    def _in_range(self, first: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+        if self.key_range is None:
+            return first, end
+        start, stop = (bound.to(first.device, torch.int64).view(-1, 1) for bound in self.key_range)
+        first = torch.maximum(first, start)
+        return first, torch.maximum(torch.minimum(end, stop), first)
+
     def _documents(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each row's first and last permitted key and its own position, as global key indices."""
+        """Each row's first and last key of its document and its own position, as global key indices."""
         if self.cu_seqlens is None or self.cu_seqlens_k is None:
             first = rows.new_zeros(1, rows.numel())
-            shift = rows.new_tensor([self.kv_len - self.q_len]) if self.q_start is None else self.q_start
-            own = rows + shift.to(rows.device, torch.int64).view(-1, 1)
-            return first, first + self.kv_len, own
+            return first, first + self.kv_len, rows + self._shift(rows)
         q_ends, k_ends = self.cu_seqlens.to(rows).contiguous(), self.cu_seqlens_k.to(rows)
         document = torch.searchsorted(q_ends, rows, right=True) - 1
         first, end = k_ends[document], k_ends[document + 1]
         # The document's last query meets its last key.
-        own = end - q_ends[document + 1] + rows
-        return first[None], end[None], own[None]
+        diagonal = end - q_ends[document + 1] + rows
+        return first[None], end[None], diagonal[None]
 
+    def _documents_of_keys(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Each key's document: its rows, what to add to a row for its own position, and its permitted keys."""
+        if self.cu_seqlens is None or self.cu_seqlens_k is None:
+            row, first = torch.zeros_like(keys)[None], torch.zeros_like(keys)[None]
+            return row, row + self.q_len, self._shift(keys), *self._in_range(first, first + self.kv_len)
+        q_ends, k_ends = self.cu_seqlens.to(keys), self.cu_seqlens_k.to(keys).contiguous()
+        document = torch.searchsorted(k_ends, keys, right=True) - 1
+        row, row_end = q_ends[document][None], q_ends[document + 1][None]
+        first, end = k_ends[document][None], k_ends[document + 1][None]
+        return row, row_end, end - row_end, *self._in_range(first, end)
 
-def localize(lo: Rows, hi: Rows, positions: Int[Tensor, " keys"]) -> tuple[Rows, Rows]:
-    """The same intervals as local indices into a shard that holds the keys at these increasing positions."""
-    return torch.searchsorted(positions, lo.contiguous()), torch.searchsorted(positions, hi.contiguous())
+    def _shift(self, like: Tensor) -> Tensor:
+        """What is added to a row for its own position, of a sequence that is one document: (batch or 1, 1)."""
+        shift = like.new_tensor([self.kv_len - self.q_len]) if self.q_start is None else self.q_start
+        return shift.to(like.device, torch.int64).view(-1, 1)
 
 
 def _check_documents(name: str, ends: Tensor, length: int, what: str) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Arguments
-from .attend import attend, scaled
+from .prepared import attend, scaled
 from .comm import Communicator
 from .errors import Unsupported
 from .kernels import Kernel, NativeKernel, as_kernel

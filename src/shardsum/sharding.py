@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .collectives import MAXIMUM, Collective, as_collective, reduce_over_ranks
 from .comm import Communicator, agree_on, as_communicator
-from .layouts import Layout, Placement, as_layout
+from .layouts import Layout, as_layout
+from .placement import Placement
 from .problem import state_dtype
 from .tree import unit
 
@@ -72,7 +73,7 @@ def unshard(
         }
 
     lengths = [length for length, _ in agree_on(comm, describe, x, x, dim)]
-    placement = Placement.of(as_layout(layout), lengths, "positions", unit(reproducible))
+    placement = as_layout(layout).of_lengths(lengths, "positions", unit(reproducible))
     whole: Tensor = _Unshard.apply(x, comm, dim, placement)  # type: ignore[no-untyped-call]
     return whole
 
@@ -212,12 +213,11 @@ class _Shard(torch.autograd.Function):
 class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: Communicator, dim: int, placement: Placement) -> Tensor:
-        ctx.dim, ctx.own = dim, placement.positions[comm.rank]
+        ctx.dim, ctx.own = dim, placement.positions(comm.rank)
         moved = x.movedim(dim, 0)
-        shapes = [(len(positions), *moved.shape[1:]) for positions in placement.positions]
+        shapes = [(length, *moved.shape[1:]) for length in placement.lengths]
         parts = comm.all_gather(moved.contiguous(), shapes)
-        order = torch.cat(placement.positions).argsort().to(x.device)
-        return torch.cat(parts).index_select(0, order).movedim(0, dim)
+        return torch.cat(parts).index_select(0, placement.order.to(x.device)).movedim(0, dim)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

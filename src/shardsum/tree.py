@@ -13,8 +13,6 @@ import functools
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
-import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from .errors import Unsupported
@@ -22,6 +20,7 @@ from .errors import Unsupported
 SEGMENT = 256
 
 T = TypeVar("T")
+N = TypeVar("N", int, Tensor)
 
 
 class Node(NamedTuple):
@@ -98,9 +97,9 @@ def unit(reproducible: bool) -> int:
     return SEGMENT if reproducible else 1
 
 
-def segments(length: int) -> int:
-    """How many segments a sequence has."""
-    return -(-length // SEGMENT)
+def segments(length: N) -> N:
+    """How many segments a sequence of `length` positions has."""
+    return -(-length // SEGMENT)  # type: ignore[return-value]
 
 
 @functools.lru_cache(maxsize=128)  # a token seldom begins a segment
@@ -109,28 +108,3 @@ def cover(held: tuple[int, ...], count: int) -> tuple[Node, ...]:
     leaves: dict[Node, None] = {Node(0, segment): None for segment in held}
     forest = Forest(count, lambda a, b: None, None, leaves)
     return tuple(sorted(forest.nodes, key=lambda node: node.first))
-
-
-def spans(positions: Int[Tensor, " positions"], length: int) -> list[tuple[Node, slice]]:
-    """The nodes that cover whole segments at these increasing positions, and where among them each node's lie."""
-    found, start = [], 0
-    for node in cover(tuple(held_segments(positions, length)), segments(length)):
-        end = start + node.positions(length)
-        found.append((node, slice(start, end)))
-        start = end
-    return found
-
-
-def held_segments(positions: Int[Tensor, " positions"], length: int) -> list[int]:
-    """The numbers of the segments at these increasing positions. Raises: Unsupported where one is not whole."""
-    first, last = positions[::SEGMENT], positions[SEGMENT - 1 :: SEGMENT]
-    if len(last) < len(first):
-        last = torch.cat([last, positions[-1:]])
-    # Between its first position and its last a segment that is as long as they are apart has all.
-    whole = (first % SEGMENT == 0) & (last == (first + SEGMENT).clamp(max=length) - 1)
-    if not whole.all() or int((last - first + 1).sum()) != len(positions):
-        raise Unsupported(
-            f"reproducible needs whole segments of {SEGMENT} positions on every rank. Cut with "
-            "shardsum.shard(..., reproducible=True), or hold tokens in KVCache(..., reproducible=True)."
-        )
-    return (first // SEGMENT).tolist()

@@ -8,6 +8,7 @@ import pytest
 from torch import Tensor
 
 from shardsum.comm import Traffic
+from shardsum.problem import Problem
 from shardsum.state import AttentionState
 from shardsum.strategies import STRATEGIES, Call, Ring
 
@@ -67,9 +68,9 @@ def test_traffic_that_was_not_declared_is_found(
 ) -> None:
     right = Ring._traffic_backward
 
-    def less(self: Ring, call: Call) -> Traffic:
-        declared = right(self, call)
-        declared.sent_bytes -= 4 * (call.comm.rank == 1)
+    def less(self: Ring, problem: Problem, rank: int) -> Traffic:
+        declared = right(self, problem, rank)
+        declared.sent_bytes -= 4 * (rank == 1)
         return declared
 
     monkeypatch.setattr(Ring, "_traffic_backward", less)
@@ -86,7 +87,7 @@ def test_other_bits_are_found(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
     def off(self: Ring, call: Call) -> AttentionState:
         state = right(self, call)
-        return AttentionState(state.out * (1 + 2**-23), state.lse) if call.reproducible else state
+        return AttentionState(state.out * (1 + 2**-23), state.lse) if call.problem.reproducible else state
 
     monkeypatch.setattr(Ring, "forward", off)
     done = shardsum(capsys, "verify", "-n", 2, "--transport", "threads", "--json")

@@ -15,9 +15,7 @@ from torch import Tensor
 import shardsum
 from shardsum import Layout
 from shardsum.comm import Communicator, Traffic
-from shardsum.kernels import Gradients, OutputGradient
-from shardsum.state import AttentionState
-from shardsum.strategies import STRATEGIES, Call, Strategy, Ulysses
+from shardsum.strategies import STRATEGIES, Call, Observed, Strategy, Ulysses
 
 from .. import dense
 from ..tolerances import STATE, assert_close
@@ -78,35 +76,13 @@ class Case:
         return dense.attention(q, k, v, dense.visible(self.q_len, self.kv_len, 2, **self.options()))
 
 
-class Recorded(Strategy):
-    """A strategy whose declared traffic is held against what the communicator counts, in both directions."""
+def recorded(strategy: Strategy) -> Strategy:
+    """The strategy, its declared traffic held against what the communicator counts, in both directions."""
 
-    def __init__(self, strategy: Strategy) -> None:
-        self.strategy, self.name, self.rows_stay = strategy, strategy.name, strategy.rows_stay
+    def note(call: Call, direction: str, declared: Traffic, counted: Traffic) -> None:
+        assert counted == declared, (strategy.name, call.comm.rank, direction, declared)
 
-    def forward(self, call: Call) -> AttentionState:
-        before = call.comm.traffic.snapshot()
-        state = self.strategy.forward(call)
-        assert call.comm.traffic - before == self.traffic(call), (self.name, call.comm.rank, "forward")
-        return state
-
-    def backward(self, call: Call, gradient: OutputGradient) -> Gradients:
-        before = call.comm.traffic.snapshot()
-        found = self.strategy.backward(call, gradient)
-        declared = self.traffic_backward(call)
-        assert call.comm.traffic - before == declared, (self.name, call.comm.rank, "backward", declared)
-        return found
-
-    def traffic(self, call: Call) -> Traffic:
-        return self.strategy.traffic(call)
-
-    def traffic_backward(self, call: Call) -> Traffic:
-        return self.strategy.traffic_backward(call)
-
-    def _never(self, call: Call, *_: object) -> Any:
-        raise AssertionError("the strategy inside is asked")
-
-    _backward = _traffic = _traffic_backward = _never
+    return Observed(strategy, note)
 
 
 def layout_of(name: str, size: int) -> Layout:
@@ -197,7 +173,7 @@ def corners() -> Iterator[tuple[Case, str, str, bool]]:
 def supported(strategy: str, ranks: int, q_heads: int) -> bool:
     """Whether there is a query head for each rank that wants one."""
     made = STRATEGIES[strategy]()
-    return not isinstance(made, Ulysses) or made.ranks_in_node(ranks) <= q_heads
+    return not isinstance(made, Ulysses) or made.ranks_in_group(ranks) <= q_heads
 
 
 def run_all(comm: Communicator, which: str) -> int:

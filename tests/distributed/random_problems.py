@@ -18,7 +18,7 @@ from shardsum.scores import Scores
 from shardsum.strategies import STRATEGIES, Ring, Strategy
 
 from .. import dense
-from .cases import Recorded, layout_of, ragged, supported
+from .cases import recorded, layout_of, ragged, supported
 
 # Relative norms; a gradient is rounded to its tensor's dtype at the end.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float64: 1e-12}
@@ -242,7 +242,7 @@ def check(comm: Communicator, drawn: Drawn) -> None:
         **inputs,
         comm=comm,
         layout=layout,
-        strategy=Recorded(made(drawn)),
+        strategy=recorded(made(drawn)),
         kernel=drawn.kernel,
         q_replicated=drawn.q_replicated,
         return_state=True,

@@ -17,8 +17,8 @@ class Bounded(AllGather):
     """all_gather that notes every rank's lower bound, and what it declares itself."""
 
     def forward(self, call: Call) -> AttentionState:
-        self.bounds = [lower_bound_bytes(call, rank) for rank in range(call.comm.size)]
-        self.declared = self.traffic(call).sent_bytes
+        self.bounds = [lower_bound_bytes(call.problem, rank) for rank in range(call.comm.size)]
+        self.declared = self.traffic(call.problem, call.comm.rank).sent_bytes
         return super().forward(call)
 
 

@@ -13,7 +13,7 @@ from shardsum.strategies import STRATEGIES
 
 from .. import dense
 from ..tolerances import STATE, assert_close
-from .cases import Recorded
+from .cases import recorded
 
 ENDS = [0, 5, 6, 6, 60, 75, 101]
 
@@ -44,7 +44,7 @@ def test_attention_and_gradients_on_every_rank(strategy: str) -> None:
             *inputs,
             comm=comm,
             layout=layout,
-            strategy=Recorded(STRATEGIES[strategy]()),
+            strategy=recorded(STRATEGIES[strategy]()),
             causal=True,
             cu_seqlens=ENDS,
         )

@@ -112,7 +112,7 @@ def run_all(comm: Communicator, cases: list[Case]) -> list[list[str] | None]:
 def has_heads(case: Case, ranks: int) -> bool:
     """Whether whole groups of query heads can be shared out."""
     strategy, kv_heads = STRATEGIES[case.strategy](), tensors(case.kernel)[1].shape[1]
-    return not isinstance(strategy, Ulysses) or kv_heads % strategy.ranks_in_node(ranks) == 0
+    return not isinstance(strategy, Ulysses) or kv_heads % strategy.ranks_in_group(ranks) == 0
 
 
 def check(ranks: int, transport: str, cases: list[Case]) -> None:

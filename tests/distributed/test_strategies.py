@@ -15,7 +15,7 @@ from shardsum.strategies import STRATEGIES, as_strategy
 
 from .. import dense
 from ..tolerances import assert_close
-from .cases import MASKS, Case, Recorded, layout_of, run_all, run_case
+from .cases import MASKS, Case, layout_of, recorded, run_all, run_case
 
 # Cases with a NaN in a visible key are among them: that they warn is tested below.
 pytestmark = pytest.mark.filterwarnings("ignore::shardsum.NonFiniteWarning")
@@ -34,7 +34,7 @@ def test_against_float64_in_processes(transport: str) -> None:
 
 
 def declared_is_counted(comm: Communicator, name: str) -> None:
-    strategy = Recorded(STRATEGIES[name]())
+    strategy = recorded(STRATEGIES[name]())
     for mask, layout in itertools.product(MASKS, ("contiguous", "zigzag", "weighted", "ragged")):
         for q_replicated in (False, True):
             run_case(comm, Case(mask, layout), strategy, "aten", q_replicated)
@@ -75,11 +75,11 @@ def test_a_rank_whose_sum_is_not_finite_is_named(strategy: str, bad: float) -> N
         out: torch.Tensor = shardsum.attention(x, x, v, comm=comm, strategy=strategy, kernel="aten")
         return out
 
-    holder = {"ulysses": "node 0", "hybrid": "node 1"}.get(strategy, "rank 1")
+    holder = {"ulysses": "group 0", "hybrid": "group 1"}.get(strategy, "rank 1")
     finder = "2" if strategy == "ulysses" else "1" if strategy in ("all_reduce", "pass_q") else "[012]"
     named = (
         rf"^rank {finder}, call 1, attention: the attention over the keys of {holder} gave NaN or Inf, "
-        r"first at \(batch, head, row\) \(1, 2, 0\) of the queries of (rank|node) [012]"
+        r"first at \(batch, head, row\) \(1, 2, 0\) of the queries of (rank|group) [012]"
     )
     with pytest.warns(NonFiniteWarning, match=named):
         outs = launch(run, ranks=3, transport="threads")

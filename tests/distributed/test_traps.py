@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from shardsum import AttentionState, attend, launch, state
+from shardsum import AttentionState, launch, prepared, state
 from shardsum.collectives import Operation, operations, sums
 from shardsum.comm import Communicator
 from shardsum.comm.threads import ThreadCommunicator
 from shardsum.kernels import OutputGradient, aten
 from shardsum.masks import Mask
-from shardsum.strategies import circulation, order, ring
+from shardsum.partials import STATES, SUMS, Merged, Partial
+from shardsum.strategies import call as calls
+from shardsum.strategies import circulation, ring
+from shardsum.strategies import sums as strategy_sums
 from shardsum.strategies.call import Call, Contribution
 
 from .cases import Case, run_case
@@ -76,10 +79,10 @@ def causal_is_aligned_top_left(patch: pytest.MonkeyPatch) -> None:
 def the_ring_drops_its_last_hop(patch: pytest.MonkeyPatch) -> None:
     partial = Call.partial
 
-    def dropped(self: Call, q: Any, k: Any, v: Any, *, rows_of: int, keys_of: int, keys: slice) -> AttentionState:
-        result = partial(self, q, k, v, rows_of=rows_of, keys_of=keys_of, keys=keys)
-        last = keys_of == (rows_of + 1) % self.comm.size
-        return AttentionState.empty(*result.out.shape, dtype=result.out.dtype) if last else result
+    def dropped(self: Call, q: Any, block: Any, *, rows_of: int, keys_of: int, keys: slice) -> Partial[AttentionState]:
+        result = partial(self, q, block, rows_of=rows_of, keys_of=keys_of, keys=keys)
+        last, out = keys_of == (rows_of + 1) % self.comm.size, result.total().out
+        return Merged(AttentionState.empty(*out.shape, dtype=out.dtype), STATES) if last else result
 
     patch.setattr(Call, "partial", dropped)
 
@@ -90,9 +93,9 @@ def two_empty_states_merge_to_nan(patch: pytest.MonkeyPatch) -> None:
         out = a.out * (a.lse - lse).exp().unsqueeze(-1) + b.out * (b.lse - lse).exp().unsqueeze(-1)
         return AttentionState(out, lse)
 
-    for module in (aten, order):
+    for module in (aten, calls, state):
         patch.setattr(module, "merge", naive)
-    patch.setattr(state, "merge", naive)
+    patch.setattr(calls, "STATES", replace(STATES, combine=naive))
 
 
 def a_rank_with_nan_is_dropped(patch: pytest.MonkeyPatch) -> None:
@@ -109,7 +112,7 @@ def the_rank_is_a_cached_global(patch: pytest.MonkeyPatch) -> None:
 
 def the_states_go_to_the_wrong_rows(patch: pytest.MonkeyPatch) -> None:
     scatter = sums.reduce_scatter_states
-    patch.setattr(order, "reduce_scatter_states", lambda comm, states: scatter(comm, states[::-1]))
+    patch.setattr(strategy_sums, "reduce_scatter_states", lambda comm, states: scatter(comm, states[::-1]))
 
 
 def keys_of_an_uneven_shard_are_cut_to_the_shortest(patch: pytest.MonkeyPatch) -> None:
@@ -158,8 +161,8 @@ def test_the_suite_sees(bug: Callable[[pytest.MonkeyPatch], None], monkeypatch: 
 def backward_takes_lse_as_zero(patch: pytest.MonkeyPatch) -> None:
     backward = Call.partial_backward
 
-    def zero(self: Call, q: Any, k: Any, v: Any, gradient: OutputGradient, **where: Any) -> Contribution:
-        return backward(self, q, k, v, replace(gradient, lse=gradient.lse * 0), **where)
+    def zero(self: Call, q: Any, block: Any, gradient: OutputGradient, **where: Any) -> Contribution:
+        return backward(self, q, block, replace(gradient, lse=gradient.lse * 0), **where)
 
     patch.setattr(Call, "partial_backward", zero)
 
@@ -170,8 +173,7 @@ def _changed(change: Callable[[torch.Tensor, torch.Tensor], Any]) -> Callable[[p
 
         def changed(*args: Any, **where: Any) -> Contribution:
             found = backward(*args, **where)
-            assert isinstance(found.kv, torch.Tensor)
-            return replace(found, kv=torch.cat(change(*found.kv.chunk(2, dim=3)), dim=3))
+            return replace(found, kv=Merged(torch.cat(change(*found.kv.total().chunk(2, dim=3)), dim=3), SUMS))
 
         patch.setattr(Call, "partial_backward", changed)
 
@@ -186,9 +188,9 @@ dk_and_dv_are_rounded_to_bfloat16 = _changed(lambda k, v: (k.bfloat16().float(),
 def the_ring_uses_stale_keys(patch: pytest.MonkeyPatch) -> None:
     backward = Call.partial_backward
 
-    def stale(self: Call, q: Any, k: Any, v: Any, gradient: Any, **where: Any) -> Contribution:
-        same = self.k.shape == k.shape
-        return backward(self, q, self.k if same else k, self.v if same else v, gradient, **where)
+    def stale(self: Call, q: Any, block: Any, gradient: Any, **where: Any) -> Contribution:
+        same = self.dense.k.shape == block.k.shape
+        return backward(self, q, self.dense if same else block, gradient, **where)
 
     patch.setattr(Call, "partial_backward", stale)
 
@@ -204,13 +206,13 @@ def the_ring_drops_a_hop_of_gradients(patch: pytest.MonkeyPatch) -> None:
 
 def gradients_go_to_the_wrong_rows(patch: pytest.MonkeyPatch) -> None:
     scatter = sums.sum_scatter
-    patch.setattr(order, "sum_scatter", lambda comm, parts: scatter(comm, parts[::-1]))
+    patch.setattr(strategy_sums, "sum_scatter", lambda comm, parts: scatter(comm, parts[::-1]))
 
 
 def delta_forgets_the_gradient_of_lse(patch: pytest.MonkeyPatch) -> None:
-    backward = attend._Attend.backward
+    backward = prepared._Attend.backward
     patch.setattr(
-        attend._Attend, "backward", staticmethod(lambda ctx, d_out, d_lse: backward(ctx, d_out, d_lse * 0))
+        prepared._Attend, "backward", staticmethod(lambda ctx, d_out, d_lse: backward(ctx, d_out, d_lse * 0))
     )
 
 

@@ -20,7 +20,7 @@ from shardsum.comm import Communicator
 from shardsum.strategies import STRATEGIES
 
 from ..comm.sockets import addresses
-from ..distributed.cases import Recorded, supported
+from ..distributed.cases import recorded, supported
 from ..distributed.random_problems import check, draw, plain
 from ..test_cache import prefill_then_decode
 from ..tolerances import STATE, assert_close
@@ -83,7 +83,7 @@ def attention(
     The strategy holds its closed form against what the communicator counts.
     """
     q, k, v = (torch.randn(1, 2, length // comm.size, 64) for length in (queries, keys, keys))
-    recorded = Recorded(STRATEGIES[strategy]())
+    recorded = recorded(STRATEGIES[strategy]())
     mask = None if window is None else (window, 0)
     return lambda: shardsum.attention(q, k, v, comm=comm, strategy=recorded, window=mask)
 

@@ -16,7 +16,7 @@ from ..arguments import Arguments
 from ..collectives import COLLECTIVES, all_reduce_states, as_collective
 from ..comm import Communicator, Description, agree, launch
 from ..comm.torch_distributed import TorchCommunicator, connect_gloo
-from ..problem import Problem
+from ..problem import Sizes
 from ..state import AttentionState
 from .timing import alternate, machine, ratio
 
@@ -110,7 +110,7 @@ def _sides(comm: Communicator, queries: int) -> Sides:
         return lambda: all_reduce_states(comm, state, collective)
 
     q = torch.empty(1, HEADS, queries, V_DIM)
-    described = Description.of(Arguments(q_replicated=True).describe(Problem.of(q, q, q)))  # as a cache keeps it
+    described = Description.of(Arguments(q_replicated=True).describe(Sizes.of(q, q, q)))  # as a cache keeps it
     sides = {name: side(name) for name in ("auto", *COLLECTIVES)}
     sides[AGREEMENT] = lambda: agree(comm, described.called("attend"), queries, queries)
     sides[f"{AGREEMENT} and auto"] = lambda: (sides[AGREEMENT](), sides["auto"]())

@@ -13,7 +13,7 @@ from ..attention import attention
 from ..comm import Communicator, agree
 from ..kernels import KERNELS
 from ..layouts import NAMES, Layout
-from ..problem import Problem
+from ..problem import Sizes
 from ..sharding import check_weighted, unshard, weighted_sum
 from ..strategies import STRATEGIES
 from ..tree import unit
@@ -104,7 +104,7 @@ def attend_on_rank(comm: Communicator, options: dict[str, Any], output: str) -> 
                 + ", ".join(f"{name} {tuple(x.shape)}" for name, x in zip("qkv", arrays, strict=True))
             )
         whole = [x[(None,) * (4 - x.ndim)] for x in arrays]
-        Problem.of(*whole)
+        Sizes.of(*whole)
         check_output(output, arrays[0].dtype)
         return (*whole, arrays[0])
 

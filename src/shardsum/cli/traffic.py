@@ -12,10 +12,9 @@ from rich.table import Table
 from ..attention import attention
 from ..comm import Communicator, Traffic
 from ..errors import Unsupported
-from ..kernels import Gradients, OutputGradient
+from ..problem import Problem
 from ..sharding import shard
-from ..state import AttentionState
-from ..strategies import STRATEGIES, Call, Strategy, lower_bound_bytes
+from ..strategies import STRATEGIES, Call, Observed, lower_bound_bytes
 
 LENGTH, Q_HEADS, KV_HEADS, HEAD_DIM, V_DIM = 480, 6, 2, 16, 24
 MASKS: dict[str, dict[str, Any]] = {
@@ -26,37 +25,6 @@ MASKS: dict[str, dict[str, Any]] = {
 LAYOUTS = ("contiguous", "zigzag")
 
 
-class _Observed(Strategy):
-    """A strategy that notes what it declared, what its communicator counted, and the lower bound."""
-
-    def __init__(self, strategy: Strategy) -> None:
-        self._inner, self.name, self.rows_stay = strategy, strategy.name, strategy.rows_stay
-        self.declared: list[Traffic] = []
-        self.counted: list[Traffic] = []
-        self.least_bytes = 0
-
-    def forward(self, call: Call) -> AttentionState:
-        before = call.comm.traffic.snapshot()
-        state = self._inner.forward(call)
-        self.counted.append(call.comm.traffic - before)
-        self.declared.append(self._inner.traffic(call))
-        self.least_bytes = lower_bound_bytes(call, call.comm.rank)
-        return state
-
-    def _backward(self, call: Call, gradient: OutputGradient) -> Gradients:
-        before = call.comm.traffic.snapshot()
-        found = self._inner.backward(call, gradient)
-        self.counted.append(call.comm.traffic - before)
-        self.declared.append(self._inner.traffic_backward(call))
-        return found
-
-    def _traffic(self, call: Call) -> Traffic:
-        return self._inner.traffic(call)
-
-    def _traffic_backward(self, call: Call) -> Traffic:
-        return self._inner.traffic_backward(call)
-
-
 def check_traffic(comm: Communicator) -> list[dict[str, Any]]:
     """For each mask, layout and strategy: bytes of all ranks, and whether each rank's traffic was as declared."""
     device = "cuda" if comm.transport == "nccl" else "cpu"
@@ -65,17 +33,25 @@ def check_traffic(comm: Communicator) -> list[dict[str, Any]]:
     whole = [torch.randn(size, generator=generator).to(device) for size in sizes]
     found = []
     for mask, layout, name in itertools.product(MASKS, LAYOUTS, STRATEGIES):
-        strategy = _Observed(STRATEGIES[name]())
+        declared: list[Traffic] = []
+        counted: list[Traffic] = []
+        problems: list[Problem] = []
+
+        def note(call: Call, direction: str, *traffic: Traffic) -> None:
+            for one, seen in zip(traffic, (declared, counted), strict=True):
+                seen.append(one)  # noqa: B023 (called before the next turn)
+            problems.append(call.problem)  # noqa: B023
+
+        strategy = Observed(STRATEGIES[name](), note)
         own = [shard(x, comm=comm, layout=layout).requires_grad_() for x in whole]
         try:
             out = attention(*own, comm=comm, layout=layout, strategy=strategy, **MASKS[mask])
         except Unsupported:  # too few heads for so many ranks; every rank finds so
             continue
         torch.autograd.grad(out, own, torch.ones_like(out))
-        equal = strategy.declared == strategy.counted
-        pairs = zip(strategy.declared, strategy.counted, strict=True)
-        own_bytes = [x.sent_bytes for pair in pairs for x in pair]
-        numbers = torch.tensor([*own_bytes, strategy.least_bytes, not equal], device=device)
+        own_bytes = [x.sent_bytes for pair in zip(declared, counted, strict=True) for x in pair]
+        least_bytes = lower_bound_bytes(problems[0], comm.rank)
+        numbers = torch.tensor([*own_bytes, least_bytes, declared != counted], device=device)
         *sent, least, unequal = torch.stack(comm.all_gather(numbers)).sum(dim=0).tolist()
         found.append(
             {"mask": mask, "layout": layout, "strategy": name, "as_declared": unequal == 0,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..comm import Communicator, Traffic
-from ..kernels.merging import OfState, packed_shape, packer
+from ..packed import OfState, packed_shape, packer
 from ..memory import kept_memory
 from ..state import AttentionState
 from .base import Collective

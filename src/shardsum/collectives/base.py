@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from ..comm import Communicator, Traffic
-from ..kernels.merging import packed_shape, packer, unpacker
+from ..packed import packed_shape, packer, unpacker
 from ..state import AttentionState
 from .operations import MERGE, Operation
 
@@ -21,6 +21,7 @@ class Collective(ABC):
     """
 
     name: str
+    needs_hosts = False
 
     def all_reduce(self, comm: Communicator, rows: Tensor, operation: Operation) -> None:
         """Replace `rows`, contiguous and of the same shape (rows, width) on every rank, by all ranks' combined."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.merging import OfState, merge_packed, merger
+from ..packed import OfState, merge_packed, merger
 from ..state import AttentionState
 
 

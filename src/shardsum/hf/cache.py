@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..cache import KVCache
+from ..kv import KVCache
 from ..comm import Communicator
 from ..errors import Unsupported
 from ..layouts import Layout

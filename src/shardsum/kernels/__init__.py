@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import warnings
 
+import torch
 from torch import Tensor
 
 from ..errors import Unsupported
 from .aten import AtenKernel
 from .base import Gradients, Kernel, OutputGradient
 from .compiled import instruction_sets, why_not_native
-from .fixed import Blocks, states_by_nodes
-from .merging import merge_alike, pack, unpack
+from ..packed import merge_alike, pack, unpack
 from .native import NativeKernel
 from .reference import EagerKernel, ReferenceKernel
 
@@ -26,7 +26,6 @@ KERNELS: dict[str, type[Kernel]] = {
 __all__ = [
     "KERNELS",
     "AtenKernel",
-    "Blocks",
     "Gradients",
     "Kernel",
     "NativeKernel",
@@ -37,7 +36,6 @@ __all__ = [
     "instruction_sets",
     "merge_alike",
     "pack",
-    "states_by_nodes",
     "that_run_here",
     "unpack",
     "why_not_native",
@@ -59,7 +57,7 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def as_kernel(kernel: str | Kernel, q: Tensor | None = None, v: Tensor | None = None) -> Kernel:
+def as_kernel(kernel, device=None, dims=()):
     """The kernel itself, or a new one of that name; "auto" is what `chosen` says.
 
     It warns, once, where "auto" is the slower kernel because the package was built without the other.
@@ -68,7 +66,7 @@ def as_kernel(kernel: str | Kernel, q: Tensor | None = None, v: Tensor | None = 
         return kernel
     name = kernel
     if kernel == "auto":
-        name, missing = chosen(q, v), why_not_native()
+        name, missing = ('native' if why_not_native() is None and max(dims, default=0) <= 512 and (device is None or torch.device(device).type in ('cpu','meta')) else 'aten'), why_not_native()
         if missing is not None:
             _warn_once(f"{missing} kernel='auto' is {name!r}; asked for by name it says nothing.")
     if name not in KERNELS:

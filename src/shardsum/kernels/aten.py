@@ -36,9 +36,9 @@ class AtenKernel(Kernel):
 
     name = "aten"
 
-    def forward(self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores) -> AttentionState:
+    def forward_dense(self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores) -> AttentionState:
         if not _for_operator(scores):
-            return EagerKernel().forward(q, k, v, lo, hi, scores)
+            return EagerKernel().forward_dense(q, k, v, lo, hi, scores)
         state = _forward(q, k, v, lo, hi, scores.scale)
         if state.is_finite():
             return state
@@ -49,31 +49,31 @@ class AtenKernel(Kernel):
             return state
         return merge(
             _forward(q, k[:, :, kept], v[:, :, kept], *_renumber(lo, hi, kept), scores.scale),
-            ReferenceKernel().forward(q, k[:, :, removed], v[:, :, removed], *_renumber(lo, hi, removed), scores),
+            ReferenceKernel().forward_dense(q, k[:, :, removed], v[:, :, removed], *_renumber(lo, hi, removed), scores),
         )
 
-    def backward(
+    def backward_dense(
         self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
     ) -> Gradients:
         out = _as_operator_takes(gradient)
         if not _for_operator(scores) or out is None:
-            return EagerKernel().backward(q, k, v, lo, hi, scores, gradient)
+            return EagerKernel().backward_dense(q, k, v, lo, hi, scores, gradient)
         # A row that sees no key has lse -inf; with +inf all its weights are 0.
         lse = gradient.lse.masked_fill(gradient.lse == -torch.inf, torch.inf)
         found = _backward(q, k, v, lo, hi, scores.scale, (gradient.out, out, lse))
         if all(map(all_finite, found)):
             return Gradients(*found)
-        return EagerKernel().backward(q, k, v, lo, hi, scores, gradient)
+        return EagerKernel().backward_dense(q, k, v, lo, hi, scores, gradient)
 
-    def forward_tree(
+    def forward_tree_dense(
         self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores
     ) -> AttentionState:
-        return EagerKernel().forward_tree(q, k, v, lo, hi, scores)
+        return EagerKernel().forward_tree_dense(q, k, v, lo, hi, scores)
 
-    def backward_leaf(
+    def backward_leaf_dense(
         self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
     ) -> Gradients:
-        return EagerKernel().backward_leaf(q, k, v, lo, hi, scores, gradient)
+        return EagerKernel().backward_leaf_dense(q, k, v, lo, hi, scores, gradient)
 
 
 def _for_operator(scores: Scores) -> bool:
@@ -199,7 +199,7 @@ def _attend(kind: str, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, 
                 torch.arange(1, len(hi) + 1) if kind == "causal" else hi * 0 + k.shape[2],
             )
         lo, hi = (bound.clamp(0, k.shape[2]).unsqueeze(0) for bound in (lo, hi))
-        return EagerKernel().forward(q, k, v, lo, hi, Scores(scale))
+        return EagerKernel().forward_dense(q, k, v, lo, hi, Scores(scale))
     return AttentionState(out, lse)
 
 

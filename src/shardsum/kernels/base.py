@@ -50,8 +50,20 @@ class Kernel(ABC):
 
     name: str
 
+    def forward(self, q, block, bounds, scores):
+        if block.kind == "int8":
+            return self.forward_quantized(q, block.k, block.v, *bounds, scores)
+        return self.forward_dense(q, block.k, block.v, *bounds, scores)
+
+    def backward(self, q, block, bounds, scores, gradient):
+        return self.backward_dense(q, block.k, block.v, *bounds, scores, gradient)
+
+    def forward_tree(self, q, block, bounds, scores):
+        block = block.dense(q.dtype)
+        return self.forward_tree_dense(q, block.k, block.v, *bounds, scores)
+
     @abstractmethod
-    def forward(self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores) -> AttentionState:
+    def forward_dense(self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores) -> AttentionState:
         """The state of softmax(scores(q k)) v in which row i sees the keys lo_i <= j < hi_i only.
 
         Shapes: `lo`, `hi` on the CPU; out (batch, q_heads, q_len, v_dim). Query head h reads KV head
@@ -64,10 +76,10 @@ class Kernel(ABC):
         self, q: Queries, k: Quantized, v: Quantized, lo: Bounds, hi: Bounds, scores: Scores
     ) -> AttentionState:
         """The same over int8 keys and values; a kernel that can't read these is given copies in q's dtype."""
-        return self.forward(q, k.dequantized(q.dtype), v.dequantized(q.dtype), lo, hi, scores)
+        return self.forward_dense(q, k.dequantized(q.dtype), v.dequantized(q.dtype), lo, hi, scores)
 
     @abstractmethod
-    def backward(
+    def backward_dense(
         self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
     ) -> Gradients:
         """What these keys contribute to the gradients, the weights computed again from the final lse.
@@ -78,7 +90,7 @@ class Kernel(ABC):
         """
 
     @abstractmethod
-    def forward_tree(
+    def forward_tree_dense(
         self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores
     ) -> AttentionState:
         """`forward` along the fixed tree over the segments of k (tree.py).
@@ -87,7 +99,7 @@ class Kernel(ABC):
         """
 
     @abstractmethod
-    def backward_leaf(
+    def backward_leaf_dense(
         self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
     ) -> Gradients:
         """`backward` of at most one segment of rows and one of keys, by one sequence of operations.

@@ -38,9 +38,9 @@ class NativeKernel(Kernel):
             raise Unsupported(f"this machine runs {', '.join(available)}: got {instruction_set!r}.")
         self.instruction_set = instruction_set or available[0]
 
-    def forward(self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores) -> AttentionState:
+    def forward_dense(self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores) -> AttentionState:
         if scores.bias is not None:
-            return EagerKernel().forward(q, k, v, lo, hi, scores)
+            return EagerKernel().forward_dense(q, k, v, lo, hi, scores)
         return AttentionState(*dense_forward(*self._arguments(q, k, v, lo, hi, scores)))
 
     def forward_quantized(
@@ -59,25 +59,25 @@ class NativeKernel(Kernel):
         """The same over keys in pages, which `shardsum.decode_paged` describes and checks."""
         return AttentionState(*paged_forward(q, k_pages, v_pages, table, lo, hi, *self._options(scores)))
 
-    def backward(
+    def backward_dense(
         self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
     ) -> Gradients:
         if scores.bias is not None:
-            return EagerKernel().backward(q, k, v, lo, hi, scores, gradient)
+            return EagerKernel().backward_dense(q, k, v, lo, hi, scores, gradient)
         return self._backward(q, k, v, lo, hi, scores, gradient, 0)
 
-    def forward_tree(
+    def forward_tree_dense(
         self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores
     ) -> AttentionState:
         if scores.bias is not None:
-            return EagerKernel().forward_tree(q, k, v, lo, hi, scores)
+            return EagerKernel().forward_tree_dense(q, k, v, lo, hi, scores)
         return AttentionState(*dense_forward(*self._arguments(q, k, v, lo, hi, scores), SEGMENT))
 
-    def backward_leaf(
+    def backward_leaf_dense(
         self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
     ) -> Gradients:
         if scores.bias is not None:
-            return EagerKernel().backward_leaf(q, k, v, lo, hi, scores, gradient)
+            return EagerKernel().backward_leaf_dense(q, k, v, lo, hi, scores, gradient)
         return self._backward(q, k, v, lo, hi, scores, gradient, SEGMENT)
 
     def backward_by_trees(self, scores: Scores) -> bool:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
 from ..errors import Unsupported
-from ..problem import Problem, state_dtype
+from ..problem import Sizes, state_dtype
 from .compiled import SEGMENT_STEP, Options, call, few_rows, native_module, why_not_native
 
 _ARGUMENTS = (
@@ -64,14 +64,14 @@ def paged_forward(
     _check_device(q, v)
     batch, q_heads, q_len, head_dim = q.shape
     kv_len = table.shape[1] * k.shape[2]
-    problem = Problem(batch, q_heads, k.shape[1], q_len, kv_len, head_dim, v.shape[3], q.dtype)
+    problem = Sizes(batch, q_heads, k.shape[1], q_len, kv_len, head_dim, v.shape[3], q.dtype)
     table = table.to(torch.int64)
     return _state("decode", problem, q, k, v, lo, hi, Options(*options), table=table)
 
 
 def _state(
     name: str,
-    problem: Problem,
+    problem: Sizes,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -95,7 +95,7 @@ def _forward_shapes(
     return _empty_state(q, _check(q, k, v, lo, hi, Options(*options)))
 
 
-def _empty_state(q: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+def _empty_state(q: Tensor, problem: Sizes) -> tuple[Tensor, Tensor]:
     dtype, shape = state_dtype(q.dtype), (problem.batch, problem.q_heads, problem.q_len)
     return q.new_empty((*shape, problem.v_dim), dtype=dtype), q.new_empty(shape, dtype=dtype)
 
@@ -142,9 +142,9 @@ def _backward_shapes(
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, given: Options, *, quantized: bool = False
-) -> Problem:
+) -> Sizes:
     """The sizes, once everything is what the C++ takes it to be."""
-    problem = Problem.of(q, k, v, quantized=quantized)
+    problem = Sizes.of(q, k, v, quantized=quantized)
     _check_device(q, v)
     batch, q_len, whole = problem.batch, problem.q_len, torch.int64
     of_rows = ((1, q_len), (batch, q_len))
@@ -178,7 +178,7 @@ def _check_device(q: Tensor, v: Tensor) -> None:
         raise Unsupported(f"{wrong} Use kernel='aten'.")
 
 
-def _check_gradient(d_out: Tensor, lse: Tensor, delta: Tensor, q: Tensor, problem: Problem) -> None:
+def _check_gradient(d_out: Tensor, lse: Tensor, delta: Tensor, q: Tensor, problem: Sizes) -> None:
     dtype, shape = state_dtype(q.dtype), tuple(q.shape[:3])
     _check_tensor("d_out", d_out, q, dtype, (*shape, problem.v_dim))
     _check_tensor("lse", lse, q, dtype, shape)

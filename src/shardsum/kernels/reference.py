@@ -11,7 +11,7 @@ from ..problem import state_dtype
 from ..scores import Scores
 from ..state import AttentionState
 from .base import Bounds, Gradients, Kernel, Keys, OutputGradient, Queries, Values
-from .fixed import gradients_by_pieces, state_by_pieces
+from .along_tree import gradients_by_pieces, state_by_pieces
 
 # Rows are taken so many at a time that a matrix of weights has about this many elements (64 MB in float32).
 WEIGHTS = 1 << 24
@@ -28,7 +28,7 @@ class EagerKernel(Kernel):
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return state_dtype(dtype)
 
-    def forward(self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores) -> AttentionState:
+    def forward_dense(self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores) -> AttentionState:
         dtype, compute = state_dtype(q.dtype), self.compute_dtype(q.dtype)
         state = AttentionState.empty(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
         if state.out.numel() == 0 or k.shape[2] == 0:
@@ -49,7 +49,7 @@ class EagerKernel(Kernel):
             state.lse[:, :, rows] = lse.to(dtype)
         return state
 
-    def backward(
+    def backward_dense(
         self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
     ) -> Gradients:
         compute, kv_heads = self.compute_dtype(q.dtype), k.shape[1]
@@ -81,12 +81,12 @@ class EagerKernel(Kernel):
             d_q.to(dtype), d_k.to(dtype), d_v.to(dtype), d_bias if d_bias is None else d_bias.to(dtype)
         )
 
-    def forward_tree(
+    def forward_tree_dense(
         self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores
     ) -> AttentionState:
         return state_by_pieces(self, q, k, v, lo, hi, scores)
 
-    def backward_leaf(
+    def backward_leaf_dense(
         self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
     ) -> Gradients:
         return gradients_by_pieces(self, q, k, v, lo, hi, scores, gradient)

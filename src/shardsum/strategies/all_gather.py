@@ -7,13 +7,21 @@ import functools
 import torch
 from torch import Tensor
 
+from ..blocks import Dense
+from ..collectives import Collective
 from ..comm import Traffic
+from ..geometry import row_nodes, seen, seen_counts, sent_counts
 from ..kernels import Gradients, OutputGradient
+from ..partials import total
+from ..placement import Some
+from ..problem import Problem
 from ..state import AttentionState
 from .base import Strategy
-from .call import Call
+from .call import ALL, Call
 from .circulation import take
-from .order import added, off_wire, on_wire, put, total, union, whole
+
+# Up to this many bytes of keys and values on every rank, one all-gather is simpler and overlaps nothing away.
+GATHERED_BYTES = 1 << 30
 
 
 class AllGather(Strategy):
@@ -25,70 +33,75 @@ class AllGather(Strategy):
     name = "all_gather"
     rows_stay = True
 
+    def suits(self, problem: Problem) -> str | None:
+        fits = problem.kv_bytes(problem.keys.length) <= GATHERED_BYTES
+        return f"all keys and values are at most {GATHERED_BYTES} bytes" if fits else None
+
     def forward(self, call: Call) -> AttentionState:
-        rank = call.comm.rank
-        states = (
-            call.partial(call.q, k, v, rows_of=rank, keys_of=owner, keys=_keys(call, rank, owner))
-            for owner, (k, v) in enumerate(_gathered(call))
+        rank, problem = call.comm.rank, call.problem
+        return total(
+            call.partial(call.q, block, rows_of=rank, keys_of=owner, keys=_keys(problem, rank, owner))
+            for owner, block in enumerate(_gathered(call))
         )
-        return whole(functools.reduce(union, states))
 
     def _backward(self, call: Call, gradient: OutputGradient) -> Gradients:
-        comm, rank = call.comm, call.comm.rank
+        problem, rank = call.problem, call.comm.rank
         parts = [
             call.partial_backward(
-                call.q, k, v, gradient, rows_of=rank, keys_of=owner, keys=_keys(call, rank, owner)
+                call.q, block, gradient, rows_of=rank, keys_of=owner, keys=_keys(problem, rank, owner)
             )
-            for owner, (k, v) in enumerate(_gathered(call))
+            for owner, block in enumerate(_gathered(call))
         ]
-        q = total(functools.reduce(added, [part.q for part in parts]))
         found = [part.bias for part in parts if part.bias is not None]
         bias = functools.reduce(torch.add, found) if found else None
-        own, nodes = parts[rank].kv, call.row_nodes().of_rank
-        sent = [on_wire(part.kv, nodes[rank]) for part in parts]
+        own, nodes = parts[rank].kv, row_nodes(problem)
+        sent = [part.kv.to_numbers(nodes.of_rank(rank)) for part in parts]
         sent[rank] = sent[rank][:, :, :0]
-        seen = [_sent(call, receiver) for receiver in range(comm.size)]
-        width = call.k.shape[3] + call.v.shape[3]
+        keys = [_sent(problem, rank, receiver) for receiver in range(problem.size)]
+        width = problem.head_dim + problem.v_dim
         shapes = [
-            (*call.k.shape[:2], len(keys), width * len(held)) for keys, held in zip(seen, nodes, strict=True)
+            (*problem.k_shape(len(some))[:3], width * nodes.count(receiver)) for receiver, some in enumerate(keys)
         ]
-        for keys, held, arrived in zip(seen, nodes, comm.all_to_all(sent, shapes), strict=True):
-            if len(keys):
-                own = put(own, keys, off_wire(arrived, held, own))
-        return Gradients(q, *call.halves(total(own)), bias)
+        for receiver, arrived in enumerate(call.comm.all_to_all(sent, shapes)):
+            if len(keys[receiver]):
+                own = own.put(keys[receiver], own.from_numbers(arrived, nodes.of_rank(receiver)))
+        return Gradients(total(part.q for part in parts), *call.halves(own.total()), bias)
 
-    def _traffic(self, call: Call) -> Traffic:
-        others = call.comm.size - 1
-        sent = sum(call.kv_bytes(len(_sent(call, receiver))) for receiver in range(call.comm.size))
-        return Traffic(sent, 2 * others, 2)
+    def memory_bytes(self, problem: Problem, rank: int) -> int:
+        sent = problem.kv_bytes(int(sent_counts(problem, rank).sum()))
+        received = problem.kv_bytes(int(seen_counts(problem, rank).sum()))
+        return sent + received + 2 * problem.row_bytes(problem.q_len(rank), problem.v_dim + 1)
 
-    def _traffic_backward(self, call: Call) -> Traffic:
-        again, others = self._traffic(call), call.comm.size - 1
-        rank = call.comm.rank
-        received = [call.seen(rank, owner) for owner in range(call.comm.size) if owner != rank]
-        returned = sum(call.kv_gradient_bytes(len(keys)) for keys in received)
-        returned *= len(call.row_nodes().of_rank[rank])
-        return Traffic(again.sent_bytes + returned, 3 * others, 3)
+    def _traffic(self, problem: Problem, rank: int, collective: Collective) -> Traffic:
+        others = problem.size - 1
+        return Traffic(problem.kv_bytes(int(sent_counts(problem, rank).sum())), 2 * others, 2)
+
+    def _traffic_backward(self, problem: Problem, rank: int) -> Traffic:
+        others = problem.size - 1
+        sent = problem.kv_bytes(int(sent_counts(problem, rank).sum()))
+        received = int(seen_counts(problem, rank).sum())
+        returned = problem.kv_gradient_bytes(received) * row_nodes(problem).count(rank)
+        return Traffic(sent + returned, 3 * others, 3)
 
 
-def _gathered(call: Call) -> list[tuple[Tensor, Tensor]]:
+def _gathered(call: Call) -> list[Dense]:
     """Every rank's keys and values that this rank's rows may see; its own whole, where they are."""
-    comm, rank = call.comm, call.comm.rank
+    comm, rank, problem, own = call.comm, call.comm.rank, call.problem, call.dense
     if comm.size == 1:
-        return [(call.k, call.v)]
-    sent = [_sent(call, receiver) for receiver in range(comm.size)]
-    seen = [0 if owner == rank else len(call.seen(rank, owner)) for owner in range(comm.size)]
-    keys = comm.all_to_all([take(call.k, part) for part in sent], [call.k_shape(count) for count in seen])
-    values = comm.all_to_all([take(call.v, part) for part in sent], [call.v_shape(count) for count in seen])
-    keys[rank], values[rank] = call.k, call.v
-    return list(zip(keys, values, strict=True))
+        return [own]
+    sent = [_sent(problem, rank, receiver) for receiver in range(comm.size)]
+    counts = seen_counts(problem, rank).tolist()
+    k = comm.all_to_all([take(own.k, some) for some in sent], [problem.k_shape(count) for count in counts])
+    v = comm.all_to_all([take(own.v, some) for some in sent], [problem.v_shape(count) for count in counts])
+    gathered = [Dense(*pair) for pair in zip(k, v, strict=True)]
+    gathered[rank] = own
+    return gathered
 
 
-def _sent(call: Call, receiver: int) -> Tensor:
-    """Which of this rank's keys go to another."""
-    seen = call.seen(receiver, call.comm.rank)
-    return seen[:0] if receiver == call.comm.rank else seen
+def _sent(problem: Problem, rank: int, receiver: int) -> Tensor:
+    """Which of a rank's keys go to another."""
+    return seen(problem, receiver, rank)[: 0 if receiver == rank else None]
 
 
-def _keys(call: Call, rank: int, owner: int) -> slice | Tensor:
-    return slice(None) if owner == rank else call.seen(rank, owner)
+def _keys(problem: Problem, rank: int, owner: int) -> Some:
+    return ALL if owner == rank else seen(problem, rank, owner)

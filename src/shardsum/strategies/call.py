@@ -1,106 +1,169 @@
-"""The call that a strategy works on, as a rank sees it."""
+"""The call that a strategy works on, as a rank sees it: its tensors, the problem of all ranks, and its communicator."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..blocks import Block, Dense
 from ..collectives import Auto, Collective
 from ..comm import Communicator
 from ..errors import NonFiniteWarning
-from ..kernels import Blocks, Gradients, Kernel, OutputGradient, states_by_nodes
-from ..layouts import Placement
-from ..masks import Mask, localize
-from ..problem import state_dtype
-from ..quantized import Quantized
+from ..geometry import intervals, local_intervals, localized
+from ..kernels import Gradients, Kernel, OutputGradient
+from ..kernels.along_tree import GradientsOfNodes, Spans, states_of_nodes
+from ..masks import Bounds
+from ..partials import STATES, SUMS, AlongTree, Merged, Partial, union
+from ..placement import Runs, Some
+from ..problem import Problem
 from ..scores import Scores
 from ..state import AttentionState, merge
-from ..tree import SEGMENT, Node
-from .circulation import Route
-from .order import Nodes, State, Sum
 
-# Local indices of rows or keys, increasing.
-Some = slice | Tensor
+ALL = slice(None)
 
 
 @dataclass(frozen=True, eq=False)
 class Contribution:
     """What some rows and keys contribute to the gradients: q, and k and v side by side along the last dim."""
 
-    q: Sum
-    kv: Sum
+    q: Partial[Tensor]
+    kv: Partial[Tensor]
     bias: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What was found out about mask, rows and keys, which strategies, and calls that are alike, ask several times.
+class PlacedBlock(NamedTuple):
+    """A block that this rank computes with, and which of its keys these are: all, if it is the only one."""
 
-    By the rank whose rows they are, or the two whose rows and keys.
-    """
-
-    intervals: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    local: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    runs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    routes: dict[str, Route] = field(default_factory=dict)
+    block: Block
+    keys: Some = ALL
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One attention call as a rank sees it once all ranks have agreed: its shards, and where all shards lie.
+    """One attention call as a rank sees it once all ranks have agreed.
 
-    `queries`, `keys`: which global rows and keys each rank holds. With `q_replicated` every rank holds all rows.
-    `reproducible`: every sum goes along the fixed tree, so that partial results are forests.
+    `blocks`: the keys and values that this rank computes with, wherever they lie. `name`: how a message names this
+    rank and call; `holder`: what `problem` counts as ranks.
     """
 
     comm: Communicator
+    problem: Problem
     kernel: Kernel
     q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Mask
-    queries: Placement
-    keys: Placement
+    blocks: Sequence[PlacedBlock]
     scores: Scores
-    q_replicated: bool
-    collective: Collective = field(default_factory=Auto)
-    # Of k and v that are int8: only where they stay on their rank, and sums may take any order.
-    scales: tuple[Tensor, Tensor] | None = None
-    # How a message names this rank and call, and what `keys` are numbered by.
+    collective: Collective = Auto()
     name: str = "attention"
     holder: str = "rank"
-    reproducible: bool = False
-    found: Found = field(default_factory=Found)
+
+    @functools.cached_property
+    def dense(self) -> Dense:
+        """This rank's keys and values as one pair of tensors, in their order: what strategies that move keys send."""
+        parts = [placed.block.dense(self.problem.dtype) for placed in self.blocks]
+        if len(parts) == 1:
+            return parts[0]
+        held = [placed.keys for placed in self.blocks]
+        order = torch.cat([torch.arange(self.problem.kv_len(self.comm.rank))[keys] for keys in held]).argsort()
+        k, v = (torch.cat(x, dim=2) for x in zip(*((part.k, part.v) for part in parts), strict=True))
+        return Dense(k.index_select(2, order.to(k.device)), v.index_select(2, order.to(v.device)))
 
     def partial(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        rows_of: int,
-        keys_of: int,
-        rows: Some = slice(None),
-        keys: Some = slice(None),
-    ) -> State:
+        self, q: Tensor, block: Block, *, rows_of: int, keys_of: int, rows: Some = ALL, keys: Some = ALL
+    ) -> Partial[AttentionState]:
         """The state of the query rows of one rank over the keys of one rank, or of some of them, computed here.
 
         Warns: NonFiniteWarning, naming this rank, the call, whose keys gave NaN or Inf, and where first.
         """
-        scores, intervals = self._local(rows_of, keys_of, rows, keys)
-        if self.reproducible:
-            of_keys = self.keys.spans_of(keys_of, keys)
-            forest = states_by_nodes(self.kernel, (q, k, v), intervals, scores, of_keys, self.mask.kv_len)
-            for state in forest.nodes.values():
-                self._warn_unless_finite(state, rows_of, keys_of)
-            return forest
-        state = functools.reduce(merge, [self._forward(q, k, v, lo, hi, scores) for lo, hi in intervals])
-        self._warn_unless_finite(state, rows_of, keys_of)
+        scores, bounds = self._local(rows_of, keys_of, rows, keys)
+        problem = self.problem
+        if problem.reproducible:
+            spans = _spans(problem.keys.runs(keys_of), keys, problem.mask.kv_len)
+            forest = states_of_nodes(self.kernel, q, block, bounds, scores, spans, problem.mask.kv_len)
+            state: Partial[AttentionState] = AlongTree(forest, STATES)
+        else:
+            states = [self.kernel.forward(q, block, one, scores) for one in bounds]
+            state = Merged(functools.reduce(merge, states), STATES)
+        for value in state.values():
+            self._warn_unless_finite(value, rows_of, keys_of)
         return state
+
+    def partial_of_blocks(self, q: Tensor, *, rows_of: int, rows: Some = ALL) -> Partial[AttentionState]:
+        """The state of the query rows of one rank over all keys of this rank, block by block, where they lie."""
+        place = {"rows_of": rows_of, "keys_of": self.comm.rank}
+        return union(self.partial(q, placed.block, **place, rows=rows, keys=placed.keys) for placed in self.blocks)
+
+    def partial_backward(
+        self,
+        q: Tensor,
+        block: Dense,
+        gradient: OutputGradient,
+        *,
+        rows_of: int,
+        keys_of: int,
+        rows: Some = ALL,
+        keys: Some = ALL,
+    ) -> Contribution:
+        """What the query rows of one rank and the keys of one rank, or some of them, contribute, computed here.
+
+        The bias' gradient is of all its keys, zero but for these.
+        """
+        scores, bounds = self._local(rows_of, keys_of, rows, keys)
+        problem, key_runs = self.problem, self.problem.keys.runs(keys_of)
+        if problem.reproducible:
+            of_rows = _spans(problem.queries.runs(rows_of), rows, problem.mask.q_len)
+            of_keys = _spans(key_runs, keys, problem.mask.kv_len)
+            nodes = GradientsOfNodes(self.kernel, q, block, bounds, scores, gradient)
+            d_q, d_kv, d_bias = nodes.by_nodes(of_rows, of_keys, problem.mask.q_len, problem.mask.kv_len)
+            found = Contribution(AlongTree(d_q, SUMS), AlongTree(d_kv, SUMS), d_bias)
+        else:
+            parts = [self.kernel.backward(q, block, one, scores, gradient) for one in bounds]
+            summed = functools.reduce(Gradients.__add__, parts)
+            kv = torch.cat([summed.k, summed.v], dim=3)
+            found = Contribution(Merged(summed.q, SUMS), Merged(kv, SUMS), summed.bias)
+        if found.bias is None or self.scores.bias is None:
+            return found
+        bias = torch.zeros_like(self.scores.bias, dtype=found.bias.dtype)
+        bias[..., key_runs.some(keys).positions.to(bias.device)] = found.bias
+        return replace(found, bias=bias)
+
+    def heads(self, kv_heads: slice) -> Call:
+        """The call of some of the KV heads, and of the query heads that read them."""
+        q_heads, problem = self.q_heads(kv_heads), self.problem
+        blocks = [PlacedBlock(placed.block.heads(kv_heads), placed.keys) for placed in self.blocks]
+        return replace(
+            self,
+            problem=problem.heads(kv_heads.stop - kv_heads.start),
+            q=self.q[:, q_heads],
+            blocks=blocks,
+            scores=self.scores.some_heads(q_heads.start, q_heads.stop),
+        )
+
+    def q_heads(self, kv_heads: slice) -> slice:
+        """The query heads that read these KV heads."""
+        group = self.problem.heads_per_kv_head
+        return slice(kv_heads.start * group, kv_heads.stop * group)
+
+    def halves(self, d_kv: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of k and of v, which lie side by side."""
+        d_k, d_v = d_kv.split([self.problem.head_dim, self.problem.v_dim], dim=3)
+        return d_k, d_v
+
+    def _local(self, rows_of: int, keys_of: int, rows: Some, keys: Some) -> tuple[Scores, list[Bounds]]:
+        problem, scores = self.problem, self.scores
+        if not scores.plain:
+            own = problem.queries.positions(rows_of)[rows]
+            positions = problem.keys.runs(keys_of).some(keys).positions
+            scores = scores.localize(own, positions, problem.mask.diagonal(own))
+        if _is_all(rows) and _is_all(keys):
+            return scores, local_intervals(problem, rows_of, keys_of)
+        bounds = [Bounds(lo[:, rows], hi[:, rows]) for lo, hi in intervals(problem, rows_of)]
+        return scores, localized(bounds, problem.keys.runs(keys_of).some(keys))
 
     def _warn_unless_finite(self, state: AttentionState, rows_of: int, keys_of: int) -> None:
         if not state.is_finite():
@@ -114,190 +177,11 @@ class Call:
                 stacklevel=3,
             )
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scores: Scores) -> AttentionState:
-        if self.scales is None:
-            return self.kernel.forward(q, k, v, lo, hi, scores)
-        of_k, of_v = self.scales
-        return self.kernel.forward_quantized(q, Quantized(k, of_k), Quantized(v, of_v), lo, hi, scores)
-
-    def partial_backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gradient: OutputGradient,
-        *,
-        rows_of: int,
-        keys_of: int,
-        rows: Some = slice(None),
-        keys: Some = slice(None),
-    ) -> Contribution:
-        """What the query rows of one rank and the keys of one rank, or some of them, contribute, computed here.
-
-        The bias' gradient is of all its keys, zero but for these.
-        """
-        scores, intervals = self._local(rows_of, keys_of, rows, keys)
-        key_positions = self.keys.positions[keys_of][keys]
-        if self.reproducible:
-            blocks = Blocks(self.kernel, (q, k, v), intervals, scores, gradient)
-            of_rows, of_keys = self.queries.spans_of(rows_of, rows), self.keys.spans_of(keys_of, keys)
-            found = Contribution(*blocks.by_nodes(of_rows, of_keys, self.mask.q_len, self.mask.kv_len))
-        else:
-            parts = [self.kernel.backward(q, k, v, lo, hi, scores, gradient) for lo, hi in intervals]
-            summed = functools.reduce(Gradients.__add__, parts)
-            found = Contribution(summed.q, torch.cat([summed.k, summed.v], dim=3), summed.bias)
-        if found.bias is None or self.scores.bias is None:
-            return found
-        bias = torch.zeros_like(self.scores.bias, dtype=found.bias.dtype)
-        bias[..., key_positions.to(bias.device)] = found.bias
-        return replace(found, bias=bias)
-
-    def _local(
-        self, rows_of: int, keys_of: int, rows: Some, keys: Some
-    ) -> tuple[Scores, list[tuple[Tensor, Tensor]]]:
-        scores = self.scores
-        if not scores.plain:
-            own, positions = self.queries.positions[rows_of][rows], self.keys.positions[keys_of][keys]
-            scores = scores.localize(own, positions, self.mask.own(own))
-        if not (_is_all(rows) and _is_all(keys)):
-            return scores, self._local_intervals(rows_of, keys_of, rows, keys)
-        if (rows_of, keys_of) not in self.found.local:
-            self.found.local[rows_of, keys_of] = self._local_intervals(rows_of, keys_of, rows, keys)
-        return scores, self.found.local[rows_of, keys_of]
-
-    def _local_intervals(self, rows_of: int, keys_of: int, rows: Some, keys: Some) -> list[tuple[Tensor, Tensor]]:
-        positions = self.keys.positions[keys_of][keys]
-        return [localize(lo[:, rows], hi[:, rows], positions) for lo, hi in self._intervals(rows_of)]
-
-    def _intervals(self, rows_of: int) -> list[tuple[Tensor, Tensor]]:
-        if rows_of not in self.found.intervals:
-            self.found.intervals[rows_of] = self.mask.intervals(self.queries.positions[rows_of])
-        return self.found.intervals[rows_of]
-
-    def seen(self, rows_of: int, keys_of: int) -> Tensor:
-        """The keys of one rank that some query row of another may see, as local indices: what has to travel."""
-        return self._sees(rows_of, keys_of).nonzero().flatten()
-
-    def _sees(self, rows_of: int, keys_of: int) -> Tensor:
-        starts, ends = self._runs(rows_of)
-        positions = self.keys.positions[keys_of]
-        # Runs do not overlap: a key lies in one if more of them have begun than ended.
-        sees = torch.searchsorted(starts, positions, right=True) > torch.searchsorted(ends, positions, right=True)
-        return self._with_segments(sees, positions)
-
-    def _with_segments(self, chosen: Tensor, positions: Tensor) -> Tensor:
-        """What is chosen, and if `reproducible` whatever shares a segment with it."""
-        if not self.reproducible:
-            return chosen
-        numbers = positions // SEGMENT
-        return torch.isin(numbers, numbers[chosen])
-
-    def _runs(self, rows_of: int) -> tuple[Tensor, Tensor]:
-        """The global keys that some row of a rank may see, as disjoint runs: where each starts and ends."""
-        if rows_of not in self.found.runs:
-            lo, hi = (
-                torch.cat([x.flatten() for x in bounds]) for bounds in zip(*self._intervals(rows_of), strict=True)
-            )
-            seeing = lo < hi
-            lo, order = lo[seeing].sort()
-            covered = hi[seeing][order].cummax(dim=0).values
-            gap = lo[1:] > covered[:-1]
-            edge = gap.new_ones(min(1, len(lo)))
-            self.found.runs[rows_of] = lo[torch.cat([edge, gap])], covered[torch.cat([gap, edge])]
-        return self.found.runs[rows_of]
-
-    def _rows_that_see(self, keys_of: int, rows_of: int) -> Tensor:
-        """Which query rows of one rank may see some key of another."""
-        positions = self.keys.positions[keys_of]
-        local = [localize(lo, hi, positions) for lo, hi in self._intervals(rows_of)]
-        sees = torch.stack([(lo < hi).any(dim=0) for lo, hi in local]).any(dim=0)
-        return self._with_segments(sees, self.queries.positions[rows_of])
-
-    def key_nodes(self) -> Nodes:
-        """The nodes that each rank's keys make: what a gradient of rows is a sum of."""
-        return self._nodes_of(self.keys)
-
-    def row_nodes(self) -> Nodes:
-        """The nodes that each rank's rows make: what a gradient of keys is a sum of."""
-        return self._nodes_of(self.queries)
-
-    def state_nodes(self) -> Nodes:
-        """The nodes that each rank's keys make, for each of the mask's intervals: what a state is merged of."""
-        if not self.reproducible:
-            return self.key_nodes()
-        parts = range(len(self._intervals(self.comm.rank)))
-        held = self.key_nodes().of_rank
-        return Nodes.of([node._replace(part=part) for part in parts for node in nodes] for nodes in held)
-
-    def _nodes_of(self, placement: Placement) -> Nodes:
-        if self.reproducible:
-            return Nodes.of([node for node, _ in held] for held in placement.spans)
-        one = (Node(0, 0),)
-        return Nodes((one,) * self.comm.size, one)
-
-    def key_route(self) -> Route:
-        """How keys go round a ring: to every rank that has a row which may see them."""
-        if "keys" not in self.found.routes:
-            self.found.routes["keys"] = Route.of(self.comm.size, self._sees)
-        return self.found.routes["keys"]
-
-    def row_route(self) -> Route:
-        """How query rows go round a ring: to every rank that has a key which they may see."""
-        if "rows" not in self.found.routes:
-            self.found.routes["rows"] = Route.of(self.comm.size, self._rows_that_see)
-        return self.found.routes["rows"]
-
-    def some_heads(self, kv_heads: slice) -> Call:
-        """The call of some of the KV heads, and of the query heads that read them."""
-        q_heads = self.q_heads_of(kv_heads)
-        scores = self.scores.some_heads(q_heads.start, q_heads.stop)
-        return replace(self, q=self.q[:, q_heads], k=self.k[:, kv_heads], v=self.v[:, kv_heads], scores=scores)
-
-    def q_heads_of(self, kv_heads: slice) -> slice:
-        group = self.q.shape[1] // self.k.shape[1]
-        return slice(kv_heads.start * group, kv_heads.stop * group)
-
-    def halves(self, d_kv: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of k and of v, which lie side by side."""
-        d_k, d_v = d_kv.split([self.k.shape[3], self.v.shape[3]], dim=3)
-        return d_k, d_v
-
-    def q_shape(self, rank: int) -> tuple[int, ...]:
-        return (*self.q.shape[:2], len(self.queries.positions[rank]), self.q.shape[3])
-
-    def k_shape(self, keys: int) -> tuple[int, ...]:
-        """Of so many keys."""
-        return (*self.k.shape[:2], keys, self.k.shape[3])
-
-    def v_shape(self, keys: int) -> tuple[int, ...]:
-        return (*self.v.shape[:2], keys, self.v.shape[3])
-
-    def row_shape(self, rank: int, components: int) -> tuple[int, ...]:
-        """Of so many numbers for each query row of one rank."""
-        return (*self.q.shape[:2], len(self.queries.positions[rank]), components)
-
-    # Bytes, for the closed forms of traffic.
-
-    def kv_bytes(self, keys: int) -> int:
-        """Bytes of so many keys and values, as they came."""
-        return self._key_elements(keys) * self.k.element_size()
-
-    def kv_gradient_bytes(self, keys: int) -> int:
-        """Bytes of the gradients of so many keys and values."""
-        return self._key_elements(keys) * state_dtype(self.q.dtype).itemsize
-
-    def row_bytes(self, rows: int, components: int) -> int:
-        """Bytes of so many float32 (or wider) numbers for each of so many query rows."""
-        return rows * self.q.shape[0] * self.q.shape[1] * components * state_dtype(self.q.dtype).itemsize
-
-    def state_bytes(self, rank: int) -> int:
-        """Bytes of what this rank has of the state of one rank's query rows, packed."""
-        held = len(self.state_nodes().of_rank[self.comm.rank])
-        return self.row_bytes(len(self.queries.positions[rank]), self.v.shape[3] + 1) * held
-
-    def _key_elements(self, keys: int) -> int:
-        return keys * self.k.shape[0] * self.k.shape[1] * (self.k.shape[3] + self.v.shape[3])
-
 
 def _is_all(some: Some) -> bool:
-    return isinstance(some, slice) and some == slice(None)
+    return isinstance(some, slice) and some == ALL
+
+
+def _spans(runs: Runs, some: Some, length: int) -> Spans:
+    """The nodes of the fixed tree that some of these positions make, and where each one's lie."""
+    return runs.some(some).spans(length)

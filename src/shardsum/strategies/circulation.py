@@ -4,78 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from ..comm import Communicator, Traffic
-
-Combine = Callable[[Tensor, Tensor], Tensor]
-UP, DOWN = 1, -1  # towards the next rank, towards the one before; the last and the first are neighbours
-
-
-@dataclass(frozen=True, eq=False)
-class Route:
-    """How many hops each item (a key, or a query row) of every rank's shard goes up and how many down.
-
-    An item reaches the ranks that want it by the fewest hops in all; where several ways have as few, by the one
-    whose longer arm is shortest. All ranks find the same route.
-    """
-
-    hops: dict[int, list[Tensor]]  # by direction, for each owner: (items,)
-
-    @classmethod
-    def of(cls, size: int, wanted: Callable[[int, int], Bool[Tensor, " items"]]) -> Route:
-        """The route of items of which `wanted(rank, owner)` says which of the owner's the rank wants."""
-        reach = []
-        for owner in range(size if size > 1 else 0):
-            others = [wanted((owner + hop) % size, owner) for hop in range(1, size)]
-            reach.append(_reach(torch.stack(others)))
-        return cls({UP: [up for up, _ in reach], DOWN: [down for _, down in reach]})
-
-    def legs(self) -> list[tuple[int, int]]:
-        """(way, hop) in the order in which all ranks go through them."""
-        longest = {way: max((int(x.max()) for x in hops if len(x)), default=0) for way, hops in self.hops.items()}
-        return [(way, hop) for way in (UP, DOWN) for hop in range(1, longest[way] + 1)]
-
-    def items(self, owner: int, way: int, hop: int) -> Tensor:
-        """The indices of the owner's items that come to the rank so many hops away, that way round."""
-        return (self.hops[way][owner] >= hop).nonzero().flatten()
-
-    def ending(self, owner: int, way: int, hop: int) -> Tensor:
-        """Those of them that go no further."""
-        return (self.hops[way][owner] == hop).nonzero().flatten()
-
-    def leg(self, rank: int, way: int, hop: int) -> tuple[Tensor, int]:
-        """What of that which a rank holds goes on, as indices into it, and how many items come to it."""
-        hops, size = self.hops[way], len(self.hops[way])
-        leaving = hops[(rank - way * (hop - 1)) % size]
-        onward = (leaving[leaving >= hop - 1] >= hop).nonzero().flatten()
-        return onward, len(self.items((rank - way * hop) % size, way, hop))
-
-    def sent(self, rank: int, item_bytes: Sequence[int]) -> Traffic:
-        """What a rank sends of all shards, of so many bytes an item in each message."""
-        return _traffic([len(self.leg(rank, way, hop)[0]) for way, hop in self.legs()], item_bytes)
-
-    def returned(self, rank: int, item_bytes: int) -> Traffic:
-        """What it sends of their results: onward behind the shard, or home."""
-        size, counts = len(self.hops[UP]), []
-        for way, hop in self.legs():
-            owner = (rank - way * hop) % size
-            counts += [len(self.items(owner, way, hop + 1)), len(self.ending(owner, way, hop))]
-        return _traffic(counts, [item_bytes])
-
+from ..comm import Communicator
+from ..geometry import Route
+from ..partials import Combine
 
 def circulate(
     comm: Communicator,
     route: Route,
     shard: Sequence[Tensor],
-    visit: Callable[[int, Tensor, Sequence[Tensor]], Tensor | None],
+    visit: Callable[[int, Tensor, Sequence[Tensor]], Tensor],
     combine: Combine | None = None,
-) -> Tensor | None:
-    """What all visits gave for this rank's shard together, if `combine` says how; items lie along dim 2.
+) -> Tensor:
+    """What all visits gave for this rank's shard together, as `combine` says, if it does; items lie along dim 2.
 
     `visit(owner, items, held)` computes with what of the owner's shard is here, while the next one arrives: at
     most two are on a rank besides its own. Results travel one hop behind their items, each rank adding its own,
@@ -89,7 +34,7 @@ def circulate(
 
     arriving = depart(legs[0], shard) if legs else []
     own = visit(rank, torch.arange(shard[0].shape[2]), shard)
-    results = None if own is None or combine is None else _Results(comm, route, own, combine)
+    results = None if combine is None else _Results(comm, route, own, combine)
     for (way, hop), following in itertools.zip_longest(legs, legs[1:]):
         owner = (rank - way * hop) % comm.size
         held, items = [wait() for wait in arriving], route.items(owner, way, hop)
@@ -115,7 +60,7 @@ class _Results:
         owner = (comm.rank - way * hop) % comm.size
         found = self._own[:, :, :0] if found is None else found
         found = found if hop == 1 else self._combine(self._behind(), found)
-        hops = route.hops[way][owner][route.items(owner, way, hop)]
+        hops = route.hops(owner, way)[route.items(owner, way, hop)]
         self.home()
         coming = len(route.items((owner - way) % comm.size, way, hop + 1))
         self._behind = _shift(comm, take(found, (hops > hop).nonzero().flatten()), way, coming)
@@ -143,27 +88,3 @@ def take(x: Tensor, items: Int[Tensor, " items"]) -> Tensor:
     if count == 0 or int(items[-1]) - int(items[0]) == count - 1:
         return x.narrow(2, int(items[0]) if count else 0, count)
     return x.index_select(2, items.to(x.device))
-
-
-def item_bytes(x: Tensor) -> int:
-    """Bytes of one item: of all sequences and heads at one index of dim 2."""
-    return x.shape[0] * x.shape[1] * x.shape[3] * x.element_size()
-
-
-def _reach(wanted: Bool[Tensor, "others items"]) -> tuple[Tensor, Tensor]:
-    """Each item's hops (up, down), if the rank i + 1 hops up wants the items `wanted[i]`.
-
-    Row n of `up` and `down`: as far as is needed if the last n of those ranks are served downwards.
-    """
-    others, items = wanted.shape
-    hops, none = torch.arange(1, others + 1).unsqueeze(1), torch.zeros(1, items, dtype=torch.int64)
-    up = torch.cat([none, (hops * wanted).cummax(dim=0).values]).flip(0)
-    down = torch.cat([none, (hops * wanted.flip(0)).cummax(dim=0).values])
-    best = ((up + down) * (others + 1) + torch.maximum(up, down)).argmin(dim=0, keepdim=True)
-    return up.gather(0, best)[0], down.gather(0, best)[0]
-
-
-def _traffic(counts: Sequence[int], item_bytes: Sequence[int]) -> Traffic:
-    """Of messages with so many items; an empty one is not sent."""
-    messages = len(item_bytes) * sum(count > 0 for count in counts)
-    return Traffic(sum(counts) * sum(item_bytes), messages, messages)

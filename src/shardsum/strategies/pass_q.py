@@ -5,20 +5,21 @@ Like `all_reduce` for sharded queries, with one neighbour's rows in memory at a 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from ..collectives import Collective
 from ..comm import Traffic
+from ..geometry import key_nodes, row_route, state_nodes
 from ..kernels import Gradients, OutputGradient
+from ..partials import STATES, SUMS, Partial, union
+from ..problem import Problem
 from ..state import AttentionState
 from .all_reduce import AllReduce
 from .base import Strategy, pack_gradient, unpack_gradient
 from .call import Call
-from .circulation import circulate, item_bytes
-from .order import State, Sum, added, in_table, joined_states, off_wire, total, whole
+from .circulation import circulate
 
 
 class PassQ(Strategy):
@@ -29,52 +30,59 @@ class PassQ(Strategy):
     """
 
     name = "pass_q"
+    keys_stay = True
 
     def forward(self, call: Call) -> AttentionState:
-        if call.q_replicated:
+        if call.problem.q_replicated:
             return AllReduce().forward(call)
-
-        nodes = call.state_nodes()
-        states: list[State] = []
+        table = state_nodes(call.problem).table
+        combine = STATES.combine_tables(call.problem.reproducible)
+        own: list[Partial[AttentionState]] = []
 
         def visit(owner: int, rows: Tensor, held: Sequence[Tensor]) -> Tensor:
-            state = call.partial(held[0], call.k, call.v, rows_of=owner, keys_of=call.comm.rank, rows=rows)
+            state = call.partial_of_blocks(held[0], rows_of=owner, rows=rows)
             if owner == call.comm.rank:
-                states.append(state)
-            return in_table(state, nodes)
+                own.append(state)
+            return state.to_table(table)
 
-        table = circulate(call.comm, call.row_route(), (call.q,), visit, joined_states(call.reproducible))
-        assert table is not None
-        return whole(off_wire(table, nodes.table, states[0]))
+        numbers = circulate(call.comm, row_route(call.problem), (call.q,), visit, combine)
+        return own[0].from_numbers(numbers, table).total()
 
     def _backward(self, call: Call, gradient: OutputGradient) -> Gradients:
-        nodes = call.key_nodes()
-        d_q: list[Sum] = []
-        d_kv: list[Sum] = []
+        table, rank = key_nodes(call.problem).table, call.comm.rank
+        combine = SUMS.combine_tables(call.problem.reproducible)
+        d_q: list[Partial[Tensor]] = []
+        d_kv: list[Partial[Tensor]] = []
 
         def visit(owner: int, rows: Tensor, held: Sequence[Tensor]) -> Tensor:
             q, row = held
             found = call.partial_backward(
-                q, call.k, call.v, unpack_gradient(row), rows_of=owner, keys_of=call.comm.rank, rows=rows
+                q, call.dense, unpack_gradient(row), rows_of=owner, keys_of=rank, rows=rows
             )
-            d_kv[:] = [functools.reduce(added, [*d_kv, found.kv])]
-            if owner == call.comm.rank:
+            d_kv[:] = [union([*d_kv, found.kv])]
+            if owner == rank:
                 d_q.append(found.q)
-            return in_table(found.q, nodes)
+            return found.q.to_table(table)
 
-        table = circulate(call.comm, call.row_route(), (call.q, pack_gradient(gradient)), visit, torch.add)
-        assert table is not None
-        return Gradients(total(off_wire(table, nodes.table, d_q[0])), *call.halves(total(d_kv[0])))
+        shard = (call.q, pack_gradient(gradient))
+        numbers = circulate(call.comm, row_route(call.problem), shard, visit, combine)
+        return Gradients(d_q[0].from_numbers(numbers, table).total(), *call.halves(d_kv[0].total()))
 
-    def _traffic(self, call: Call) -> Traffic:
-        if call.q_replicated:
-            return AllReduce().traffic(call)
-        route, rank = call.row_route(), call.comm.rank
-        return route.sent(rank, [item_bytes(call.q)]) + route.returned(
-            rank, call.row_bytes(len(call.state_nodes().table), call.v.shape[3] + 1)
-        )
+    def memory_bytes(self, problem: Problem, rank: int) -> int:
+        if problem.q_replicated:
+            return AllReduce().memory_bytes(problem, rank)
+        # Rows that are here, that arrive and that leave, and their states.
+        rows = 3 * max(problem.queries.lengths)
+        state = problem.row_bytes(1, problem.v_dim + 1) * state_nodes(problem).table_count
+        return problem.q_bytes(rows) + rows * state
 
-    def _traffic_backward(self, call: Call) -> Traffic:
-        route, rank = call.row_route(), call.comm.rank
-        sent = route.sent(rank, [item_bytes(call.q), call.row_bytes(1, call.v.shape[3] + 2)])
-        return sent + route.returned(rank, call.row_bytes(len(call.key_nodes().table), call.q.shape[3]))
+    def _traffic(self, problem: Problem, rank: int, collective: Collective) -> Traffic:
+        if problem.q_replicated:
+            return AllReduce().traffic(problem, rank, collective)
+        route, width = row_route(problem), (problem.v_dim + 1) * state_nodes(problem).table_count
+        return route.sent(rank, [problem.q_bytes(1)]) + route.returned(rank, problem.row_bytes(1, width))
+
+    def _traffic_backward(self, problem: Problem, rank: int) -> Traffic:
+        route, width = row_route(problem), problem.head_dim * key_nodes(problem).table_count
+        sent = route.sent(rank, [problem.q_bytes(1), problem.row_bytes(1, problem.v_dim + 2)])
+        return sent + route.returned(rank, problem.row_bytes(1, width))

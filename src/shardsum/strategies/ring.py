@@ -8,15 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..collectives import slices
+from ..blocks import Dense
+from ..collectives import Collective, slices
 from ..comm import Traffic
+from ..geometry import key_route, row_nodes
 from ..kernels import Gradients, OutputGradient
-from ..problem import state_dtype
+from ..partials import SUMS, Partial, total, union
+from ..problem import Problem, state_dtype
 from ..state import AttentionState
 from .base import Strategy
 from .call import Call
-from .circulation import circulate, item_bytes
-from .order import State, Sum, added, in_table, off_wire, total, union, whole
+from .circulation import circulate
 
 PIECE_BYTES = 1 << 22
 
@@ -40,85 +42,91 @@ class Ring(Strategy):
         if piece_bytes != PIECE_BYTES:
             self.name = f"ring, pieces of {piece_bytes} bytes"
 
+    def suits(self, problem: Problem) -> str | None:
+        return "keys and values are too large to gather"
+
     def forward(self, call: Call) -> AttentionState:
-        pieces = self._pieces(call)
+        pieces = self._pieces(call.problem)
         if len(pieces) == 1:
             return self._forward(call)
-        state = AttentionState.empty(
-            *call.q.shape[:3], call.v.shape[3], dtype=state_dtype(call.q.dtype), device=call.q.device
-        )
+        q, v_dim = call.q, call.problem.v_dim
+        state = AttentionState.empty(*q.shape[:3], v_dim, dtype=state_dtype(q.dtype), device=q.device)
         for heads in pieces:
-            found, rows = self._forward(call.some_heads(heads)), call.q_heads_of(heads)
+            found, rows = self._forward(call.heads(heads)), call.q_heads(heads)
             state.out[:, rows], state.lse[:, rows] = found.out, found.lse
         return state
 
     def _forward(self, call: Call) -> AttentionState:
         rank = call.comm.rank
-        states: dict[int, State] = {}
+        states: dict[int, Partial[AttentionState]] = {}
 
-        def visit(owner: int, keys: Tensor, held: Sequence[Tensor]) -> None:
-            k, v = held
-            state = call.partial(call.q, k, v, rows_of=rank, keys_of=owner, keys=keys)
+        def visit(owner: int, keys: Tensor, held: Sequence[Tensor]) -> Tensor:
+            state = call.partial(call.q, Dense(*held), rows_of=rank, keys_of=owner, keys=keys)
             # Every rank holds replicated rows: it must merge in the same order as the others to get the same bits.
-            place = owner if call.q_replicated else rank
-            states[place] = union(states[place], state) if place in states else state
+            place = owner if call.problem.q_replicated else rank
+            states[place] = union([states[place], state]) if place in states else state
+            return call.q[:, :, :0]
 
-        circulate(call.comm, call.key_route(), (call.k, call.v), visit)
-        return whole(functools.reduce(union, [states[owner] for owner in sorted(states)]))
+        circulate(call.comm, key_route(call.problem), (call.dense.k, call.dense.v), visit)
+        return total(states[owner] for owner in sorted(states))
 
     def _backward(self, call: Call, gradient: OutputGradient) -> Gradients:
-        pieces = self._pieces(call)
+        pieces, own = self._pieces(call.problem), call.dense
         if len(pieces) == 1:
             return self._backward_of_piece(call, gradient)
-        whole = Gradients(*(torch.empty_like(x, dtype=state_dtype(x.dtype)) for x in (call.q, call.k, call.v)))
+        whole = Gradients(*(torch.empty_like(x, dtype=state_dtype(x.dtype)) for x in (call.q, own.k, own.v)))
         for heads in pieces:
-            rows = call.q_heads_of(heads)
+            rows = call.q_heads(heads)
             part = OutputGradient(gradient.out[:, rows], gradient.lse[:, rows], gradient.delta[:, rows])
-            found = self._backward_of_piece(call.some_heads(heads), part)
+            found = self._backward_of_piece(call.heads(heads), part)
             whole.q[:, rows], whole.k[:, heads], whole.v[:, heads] = found.q, found.k, found.v
         return whole
 
     def _backward_of_piece(self, call: Call, gradient: OutputGradient) -> Gradients:
-        rank = call.comm.rank
-        nodes = call.row_nodes()
-        d_q: list[Sum] = []
+        rank, table = call.comm.rank, row_nodes(call.problem).table
+        d_q: list[Partial[Tensor]] = []
         d_bias: list[Tensor] = []
-        d_kv: list[Sum] = []
+        d_kv: list[Partial[Tensor]] = []
 
         def visit(owner: int, keys: Tensor, held: Sequence[Tensor]) -> Tensor:
-            k, v = held
-            found = call.partial_backward(call.q, k, v, gradient, rows_of=rank, keys_of=owner, keys=keys)
-            d_q[:] = [functools.reduce(added, [*d_q, found.q])]
+            found = call.partial_backward(call.q, Dense(*held), gradient, rows_of=rank, keys_of=owner, keys=keys)
+            d_q[:] = [union([*d_q, found.q])]
             if found.bias is not None:
                 d_bias[:] = [functools.reduce(torch.add, [*d_bias, found.bias])]
             if owner == rank:
                 d_kv.append(found.kv)
-            return in_table(found.kv, nodes)
+            return found.kv.to_table(table)
 
-        table = circulate(call.comm, call.key_route(), (call.k, call.v), visit, torch.add)
-        assert table is not None
-        own = total(off_wire(table, nodes.table, d_kv[0]))
-        return Gradients(total(d_q[0]), *call.halves(own), d_bias[0] if d_bias else None)
+        combine = SUMS.combine_tables(call.problem.reproducible)
+        numbers = circulate(call.comm, key_route(call.problem), (call.dense.k, call.dense.v), visit, combine)
+        own = d_kv[0].from_numbers(numbers, table).total()
+        return Gradients(d_q[0].total(), *call.halves(own), d_bias[0] if d_bias else None)
 
-    def _traffic(self, call: Call) -> Traffic:
+    def memory_bytes(self, problem: Problem, rank: int) -> int:
+        # A piece that is here, one that arrives and one that leaves, and two states of the rows.
+        heads = self._pieces(problem)
+        piece = max(problem.heads(some.stop - some.start).kv_bytes(max(problem.keys.lengths)) for some in heads)
+        return 3 * piece + 2 * problem.row_bytes(problem.q_len(rank), problem.v_dim + 1)
+
+    def _traffic(self, problem: Problem, rank: int, collective: Collective) -> Traffic:
+        route = key_route(problem)
         sent = [
-            call.key_route().sent(call.comm.rank, [item_bytes(x[:, heads]) for x in (call.k, call.v)])
-            for heads in self._pieces(call)
+            route.sent(rank, [problem.batch * (heads.stop - heads.start) * dim * problem.dtype.itemsize
+                              for dim in (problem.head_dim, problem.v_dim)])
+            for heads in self._pieces(problem)
         ]
         return functools.reduce(Traffic.__add__, sent)
 
-    def _traffic_backward(self, call: Call) -> Traffic:
+    def _traffic_backward(self, problem: Problem, rank: int) -> Traffic:
+        route, nodes = key_route(problem), row_nodes(problem).table_count
         returned = [
-            call.key_route().returned(
-                call.comm.rank, call.some_heads(heads).kv_gradient_bytes(len(call.row_nodes().table))
-            )
-            for heads in self._pieces(call)
+            route.returned(rank, problem.heads(heads.stop - heads.start).kv_gradient_bytes(nodes))
+            for heads in self._pieces(problem)
         ]
-        return functools.reduce(Traffic.__add__, returned, self._traffic(call))
+        return functools.reduce(Traffic.__add__, returned, self.traffic(problem, rank))
 
-    def _pieces(self, call: Call) -> list[slice]:
+    def _pieces(self, problem: Problem) -> list[slice]:
         """The KV heads that go round at once; a bias has its gradient whole, and is larger than any shard."""
-        kv_heads = call.k.shape[1]
-        largest = max(call.kv_bytes(len(positions)) for positions in call.keys.positions)
-        count = 1 if call.scores.bias is not None else max(1, min(kv_heads, -(-largest // self._piece_bytes)))
-        return slices(kv_heads, count)
+        largest = problem.kv_bytes(max(problem.keys.lengths))
+        most = max(1, min(problem.kv_heads, -(-largest // self._piece_bytes)))
+        return slices(problem.kv_heads, 1 if problem.bias_shape is not None else most)

@@ -10,19 +10,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .arguments import Arguments, Indices, indices_of, listed, whole
-from .attend import Prepared
-from .comm import Communicator, agree, agree_on, as_communicator
-from .errors import Unsupported
-from .layouts import Layout, Placement, as_layout
+from ..arguments import Arguments, Indices, indices_of, listed, whole
+from ..comm import Communicator, agree_on, as_communicator, mistakes_reach_all
+from ..errors import Unsupported
+from ..layouts import Layout, as_layout
+from ..placement import Placement
+from ..prepared import PreparedCall
+from ..problem import DTYPES, Sizes
+from ..strategies import PlacedBlock
+from ..tree import unit
 from .owners import Owners
-from .problem import DTYPES
-from .storage import LayerStorage
-from .tree import unit
+from .prepared_calls import PreparedCalls
+from .slab import Layer, Shape, Slab
 
 QUANTIZATIONS = (None, "int8")
-# How many kinds of calls are kept for the next layer: more than models have kinds of layers.
-KEPT_CALLS = 8
 
 
 class KVCache:
@@ -68,15 +69,15 @@ class KVCache:
                 raise ValueError(f"{name} must be at least 1: got {size}.")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be float64, float32, bfloat16 or float16: got {dtype}.")
-        quantized = quantize is not None
-        self._layers = [LayerStorage(kv_heads, dims, dtype, device, quantized) for _ in range(layers)]
+        self._shape = Shape(kv_heads, dims, dtype, device, quantize is not None)
+        self._layers = [Layer(self._shape) for _ in range(layers)]
         self.reset()
 
     def reset(self) -> None:
         """Forget everything and give the memory back."""
         self._owners = Owners(self.comm.size, self._unit)  # of every sequence's positions
         self._reordered = 0  # a digest of the orders since then
-        self._kept: dict[tuple[object, ...], Prepared] = {}
+        self._calls = PreparedCalls()
         for layer in self._layers:
             layer.clear()
 
@@ -119,23 +120,21 @@ class KVCache:
         new = k.shape[2] if shards is None else shards.length
         start = store.lengths or (0,) * k.shape[0]
         valid = (new,) * len(start) if lengths is None else _valid(lengths, len(start), new)
-        even = len(set(start)) == 1
         ends = tuple(map(operator.add, start, valid))
         if shards is None:
             self._owners.take_turns(max(ends))
         else:
-            self._owners.take_shards(start[0] if even else None, max(ends), shards)
-        mine = self._owners.placement(max(ends)).positions[self.comm.rank]
-        store.reserve(len(start), len(mine))
-        together = [(slice(None), start[0], max(valid))]
-        single = [(slice(b, b + 1), start[b], valid[b]) for b in range(len(start))]
-        for row, base, count in together if even else single:
-            # Slots are in the order of positions: those of new tokens follow each other.
-            first, last = (int(torch.searchsorted(mine, position)) for position in (base, base + count))
-            come: slice | Tensor = slice(last - first)
-            if layout is None and last - first < count:  # not all new tokens are this rank's
-                come = (mine[first:last] - base).to(k.device)
-            store.write(row, first, k[row, :, come], v[row, :, come])
+            self._owners.take_shards(start[0] if len(set(start)) == 1 else None, max(ends), shards)
+        for group in self._owners.held(self.comm.rank):
+            runs, slab = self._owners.runs(group, max(ends)), store.slab(group)
+            slab.reserve(len(start), len(runs))
+            for row, base, count in _rows(start, valid):
+                # Slots are in the order of positions: those of new tokens follow each other.
+                first, last = runs.below(torch.tensor([base, base + count])).tolist()
+                come: slice | Tensor = slice(last - first)
+                if layout is None and last - first < count:  # not all new tokens are the group's
+                    come = (runs.at(torch.arange(first, last)) - base).to(k.device)
+                slab.write(row, first, k[row, :, come], v[row, :, come])
         store.lengths = ends
 
     def attend(
@@ -157,39 +156,37 @@ class KVCache:
         lengths, each sequence's queries end at its own length.
         """
         given = {"causal": causal, "q_replicated": q_replicated, "layout": layout or "contiguous", **options}
-        try:
+        with mistakes_reach_all(self.comm):
             store = self._layer(layer)
-            placement = self._owners.placement(store.longest)
-            k, v, scales = store.read(q.shape[0], len(placement.positions[self.comm.rank]))
-            prepared = self._prepared(store, placement, q, k, v, given)
-        except Exception as mistake:
-            agree(self.comm, {}, error=mistake)
-            raise
-        state = prepared.attend(q, k, v, f"KVCache.attend in layer {layer}", scales)
+            blocks = self._blocks(store, q)
+            call = self._call(store, q, blocks, given)
+        state = call.attend(q, blocks, f"KVCache.attend in layer {layer}")
         return state if return_state else state.out.to(q.dtype)
 
-    def _prepared(
-        self, store: LayerStorage, placement: Placement, q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]
-    ) -> Prepared:
-        """The call but for its tensors, which is mostly what it was in the layer before.
+    def _blocks(self, store: Layer, q: Tensor) -> list[PlacedBlock]:
+        """The blocks of a layer that this rank computes with."""
+        owners, length, batch = self._owners, store.longest, q.shape[0]
+        blocks = [
+            PlacedBlock(store.slab(group).block(batch, len(owners.runs(group, length))), owners.keys(group, length))
+            for group in owners.owned(self.comm.rank)
+        ]
+        return blocks or [PlacedBlock(Slab(store.shape).block(batch, 0))]
 
-        It is kept under all that it is made of; where that is something that may change, it is not kept.
-        """
-        lengths = store.lengths or (0,) * q.shape[0]
-        key = None
-        if all(map(_tells_all, given.values())):
-            with_gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-            tensors = (q.shape, q.dtype, q.device, with_gradients)
-            key = (placement, lengths, self._reordered, tensors, repr(given))
-            if key in self._kept:
-                return self._kept[key]
-        arguments = Arguments(**given, reproducible=self._reproducible, lengths=lengths, reordered=self._reordered)
-        prepared = Prepared(self.comm, q, k, v, arguments, placement, store.quantized)
-        if key is not None:
-            if len(self._kept) == KEPT_CALLS:
-                self._kept.clear()
-            self._kept[key] = prepared
-        return prepared
+    def _call(self, store: Layer, q: Tensor, blocks: list[PlacedBlock], given: dict[str, Any]) -> PreparedCall:
+        """The call but for its tensors, which is mostly what it was in the layer before."""
+        lengths, owners = store.lengths or (0,) * q.shape[0], self._owners
+        inputs = (q, *(x for placed in blocks for x in placed.block.inputs))
+        with_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        key = (owners.version, lengths, self._reordered, q.shape, q.dtype, q.device, with_gradients)
+
+        def make() -> PreparedCall:
+            sizes = Sizes.of_block(q, blocks[0].block)
+            kept = {"reproducible": self._reproducible, "lengths": lengths, "reordered": self._reordered}
+            arguments = Arguments(**given, **kept)
+            placement = owners.placement(store.longest)
+            return PreparedCall(self.comm, sizes, inputs, arguments, placement, store.shape.kind)
+
+        return self._calls.get(key, given, make)
 
     def crop(self, length: int) -> None:
         """Forget every sequence's tokens from position `length` on."""
@@ -216,7 +213,7 @@ class KVCache:
         """Positions that no sequence has any more may come to lie elsewhere."""
         self._owners.crop(max((layer.longest for layer in self._layers), default=0))
 
-    def _layer(self, layer: int) -> LayerStorage:
+    def _layer(self, layer: int) -> Layer:
         if not 0 <= layer < len(self._layers):
             raise ValueError(f"layer must be one of the cache's {len(self._layers)}: got {layer}.")
         return self._layers[layer]
@@ -238,7 +235,14 @@ class KVCache:
             }
 
         held = [length for _, length in agree_on(self.comm, describe, k, k)]
-        return Placement.of(as_layout(layout), held, "new tokens", self._unit)
+        return as_layout(layout).of_lengths(held, "new tokens", self._unit)
+
+
+def _rows(start: tuple[int, ...], valid: tuple[int, ...]) -> list[tuple[slice, int, int]]:
+    """What is written at once: sequences, the position of their first new token, and how many these are."""
+    if len(set(start)) == 1:
+        return [(slice(None), start[0], max(valid))]
+    return [(slice(b, b + 1), start[b], valid[b]) for b in range(len(start))]
 
 
 def _valid(lengths: Indices, batch: int, new: int) -> tuple[int, ...]:
@@ -250,10 +254,3 @@ def _valid(lengths: Indices, batch: int, new: int) -> tuple[int, ...]:
 
 def _all_in(numbers: Tensor, least: int, most: int) -> bool:
     return bool(((numbers >= least) & (numbers <= most)).all())
-
-
-def _tells_all(value: object) -> bool:
-    """Whether the repr of a value is all that there is to it, for good; that of a tensor is not."""
-    if type(value) is tuple:
-        return all(map(_tells_all, value))
-    return value is None or type(value) in (bool, int, float, str, Layout)

@@ -1,11 +1,10 @@
-"""From a call's arguments to its state on this rank: agreement, strategy, and the way back of gradients."""
+"""From a call's arguments to its state on this rank: agreement, problem, choice, and the way back of gradients."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,16 +12,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .arguments import Arguments
+from .blocks import Dense
+from .choice import Choice, choose
 from .collectives import as_collective
-from .comm import Communicator, Description, agree
+from .comm import Communicator, Description, agree, mistakes_reach_all
 from .errors import Unsupported
-from .kernels import OutputGradient, as_kernel
-from .layouts import Placement, as_layout
-from .problem import Problem, state_dtype
-from .quantized import Quantized
+from .kernels import Kernel, OutputGradient, as_kernel
+from .layouts import as_layout
+from .placement import Placement
+from .problem import Problem, Sizes, state_dtype
 from .scores import Scores
 from .state import AttentionState, merge
-from .strategies import Call, Found, Strategy, as_strategy, choose
+from .strategies import Call, PlacedBlock, Strategy
 from .tree import unit
 
 
@@ -33,104 +34,117 @@ def attend(
 
     `name` is that of the call, alike on every rank.
     """
-    try:
-        prepared = Prepared(comm, q, k, v, arguments)
-    except Exception as mistake:
-        agree(comm, {}, error=mistake)
-        raise
-    return prepared.attend(q, k, v, name)
+    with mistakes_reach_all(comm):
+        prepared = PreparedCall(comm, Sizes.of(q, k, v), (q, k, v), arguments)
+    return prepared.attend(q, [PlacedBlock(Dense(k, v))], name)
 
 
-class Prepared:
+class PreparedCall:
     """A call of attention but for its tensors: what calls that differ in these alone need to find out once.
 
-    `keys` says where the keys lie; by default the layout does. `quantized`: k and v are int8.
+    `sizes`: those of the tensors. `inputs`: q, and what keys and values may need gradients. `keys` says where the
+    keys lie; by default the layout does.
     Raises: what is wrong with the call, as far as one rank alone can say; the others wait to be told in `agree`.
     """
 
     def __init__(
         self,
         comm: Communicator,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        sizes: Sizes,
+        inputs: tuple[Tensor, ...],
         arguments: Arguments,
         keys: Placement | None = None,
-        quantized: bool = False,
+        kind: str = Dense.kind,
     ) -> None:
-        self._comm, self._arguments, self._keys = comm, arguments, keys
-        problem = Problem.of(q, k, v, quantized=quantized)
-        self._batch, self._differentiable = problem.batch, differentiable(q, k, v, arguments)
-        if self._differentiable and quantized:
-            raise Unsupported("int8 keys have no gradients. Call under torch.no_grad(), or with quantize=None.")
-        sizes = {name: getattr(problem, name) for name in ("batch", "q_heads", "kv_heads", "head_dim", "v_dim")}
-        self._kernel = as_kernel(arguments.kernel, q, v)
+        self._comm, self._arguments, self._keys, self._sizes = comm, arguments, keys, sizes
+        self._device = inputs[0].device
+        self._differentiable = differentiable(inputs, arguments)
+        if self._differentiable and kind != Dense.kind:
+            raise Unsupported(f"{kind} keys have no gradients. Call under torch.no_grad().")
         described = {
-            **sizes,
-            "dtype": str(q.dtype),
-            "device": q.device.type,
-            "kernel": self._kernel.name,
+            "batch": sizes.batch,
+            "q_heads": sizes.q_heads,
+            "kv_heads": sizes.kv_heads,
+            "head_dim": sizes.head_dim,
+            "v_dim": sizes.v_dim,
+            "dtype": str(sizes.dtype),
+            "device": self._device.type,
+            "kernel": self._as_kernel().name,
             "gradients": self._differentiable,
-            "quantized": quantized,
-            **arguments.describe(problem),
+            "keys": kind,
+            **arguments.describe(sizes),
         }
         self._description = Description.of(described)
-        # The call over tensors, for the lengths that the ranks agreed on last.
+        # The problem and the choice for the lengths that the ranks agreed on last.
         self._lengths: list[tuple[int, int]] = []
-        self._call_over: Callable[..., Call] | None = None
+        self._agreed: tuple[Problem, Choice] | None = None
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, name: str, scales: tuple[Tensor, Tensor] | None = None
-    ) -> AttentionState:
+    def attend(self, q: Tensor, blocks: Sequence[PlacedBlock], name: str) -> AttentionState:
         """The state of this rank's query rows. The tensors are as those that this was made for.
 
-        `name` is that of the call, alike on every rank. `scales` (batch, kv_heads, kv_len): those of k and of v
-        that are int8; keys that travel do so in q's dtype.
+        `name` is that of the call, alike on every rank.
         """
         comm, arguments = self._comm, self._arguments
-        lengths = agree(comm, self._description.called(name), q.shape[2], k.shape[2])
-        strategy = as_strategy(arguments.strategy)
-        stay = arguments.q_replicated and (strategy is None or strategy.keys_stay) and not arguments.reproducible
-        if scales is not None and not stay:
-            k, v = (Quantized(x, of_x).dequantized(q.dtype) for x, of_x in zip((k, v), scales, strict=True))
-            scales = None
-        if self._call_over is None or self._lengths != lengths:
-            self._lengths, self._call_over = lengths, self._agreed(lengths)
+        keys = sum(placed.block.kv_len for placed in blocks)
+        lengths = agree(comm, self._description.called(name), q.shape[2], keys)
+        if self._agreed is None or self._lengths != lengths:
+            self._lengths, self._agreed = lengths, self._agree_on(lengths)
+        problem, choice = self._agreed
         if isinstance(arguments.scale, Tensor):
             q = scaled(q, arguments.scale)
-        scores = self._scores(q)
-        call = self._call_over(
-            q=q, k=k, v=v, scores=scores, scales=scales, name=f"rank {comm.rank}, call {comm.calls}, {name}"
+        call = Call(
+            comm,
+            problem,
+            choice.kernel,
+            q,
+            blocks,
+            self._scores(q),
+            choice.collective,
+            name=f"rank {comm.rank}, call {comm.calls}, {name}",
         )
-        strategy = strategy or choose(call)
         if self._differentiable:
-            results = _Attend.apply(q, k, v, arguments.sinks, arguments.bias, call, strategy)  # type: ignore[no-untyped-call]
+            k, v = call.dense.k, call.dense.v
+            results = _Attend.apply(q, k, v, arguments.sinks, arguments.bias, call, choice.strategy)  # type: ignore[no-untyped-call]
             return AttentionState(*results)
-        return _with_sinks(strategy.forward(call), arguments.sinks)
+        return _with_sinks(choice.strategy.forward(call), arguments.sinks)
 
-    def _agreed(self, lengths: list[tuple[int, int]]) -> Callable[..., Call]:
-        """The call as this rank sees it, once all ranks have agreed. Raises: what every rank raises alike."""
-        arguments, q_lens, kv_lens = self._arguments, *map(list, zip(*lengths, strict=True))
+    def _agree_on(self, lengths: list[tuple[int, int]]) -> tuple[Problem, Choice]:
+        """The problem that all ranks share once they have agreed, and how it is computed.
+
+        Raises: what every rank raises alike.
+        """
+        comm, arguments, sizes = self._comm, self._arguments, self._sizes
+        q_lens, kv_lens = map(list, zip(*lengths, strict=True))
         layout, together = as_layout(arguments.layout), unit(arguments.reproducible)
-        keys = Placement.of(layout, kv_lens, "keys", together) if self._keys is None else self._keys
-        assert [len(positions) for positions in keys.positions] == kv_lens
+        keys = layout.of_lengths(kv_lens, "keys", together) if self._keys is None else self._keys
+        assert keys.lengths == kv_lens
         if arguments.q_replicated:
             queries, q_len = Placement.replicated(q_lens), q_lens[0]
         else:
-            queries, q_len = Placement.of(layout, q_lens, "queries", together), sum(q_lens)
-        intervals = _intervals_of_all(self._comm, arguments, queries)
-        return partial(
-            Call,
-            comm=self._comm,
-            kernel=self._kernel,
-            mask=arguments.mask(q_len, keys.length, self._batch, intervals),
+            queries, q_len = layout.of_lengths(q_lens, "queries", together), sum(q_lens)
+        key_intervals = _intervals_of_all(comm, arguments, queries)
+        collective = as_collective(arguments.collective)
+        problem = Problem(
+            batch=sizes.batch,
+            q_heads=sizes.q_heads,
+            kv_heads=sizes.kv_heads,
+            head_dim=sizes.head_dim,
+            v_dim=sizes.v_dim,
+            dtype=sizes.dtype,
+            mask=arguments.mask(q_len, keys.length, sizes.batch, key_intervals),
             queries=queries,
             keys=keys,
             q_replicated=arguments.q_replicated,
-            collective=as_collective(arguments.collective),
             reproducible=arguments.reproducible,
-            found=Found(),
+            bias_shape=None if arguments.bias is None else (arguments.bias.shape[0], arguments.bias.shape[1]),
+            q_dtype=state_dtype(sizes.dtype) if isinstance(arguments.scale, Tensor) else None,
+            device=self._device.type,
+            hosts=comm.hosts() if collective.needs_hosts else None,
         )
+        return problem, choose(problem, arguments.strategy, collective, self._as_kernel())
+
+    def _as_kernel(self) -> Kernel:
+        return as_kernel(self._arguments.kernel, self._device, (self._sizes.head_dim, self._sizes.v_dim))
 
     def _scores(self, q: Tensor) -> Scores:
         arguments = self._arguments
@@ -150,10 +164,10 @@ class Prepared:
         )
 
 
-def differentiable(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments) -> bool:
-    """Whether a call has a backward."""
-    inputs = (q, k, v, arguments.sinks, arguments.bias, arguments.scale)
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+def differentiable(inputs: tuple[Tensor, ...], arguments: Arguments) -> bool:
+    """Whether a call over these tensors has a backward."""
+    every = (*inputs, arguments.sinks, arguments.bias, arguments.scale)
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in every)
 
 
 def scaled(q: Tensor, scale: Tensor) -> Tensor:
@@ -173,8 +187,8 @@ def _intervals_of_all(
     own = torch.stack([x.to("cpu", torch.int64) for x in bounds])
     if arguments.q_replicated or comm.size == 1:
         return own[0], own[1]
-    parts = comm.all_gather(own, [(*own.shape[:2], len(positions)) for positions in queries.positions])
-    whole = torch.cat(parts, dim=2)[:, :, torch.cat(queries.positions).argsort()]
+    parts = comm.all_gather(own, [(*own.shape[:2], length) for length in queries.lengths])
+    whole = torch.cat(parts, dim=2)[:, :, queries.order]
     return whole[0], whole[1]
 
 
@@ -213,8 +227,8 @@ class _Attend(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         state = _with_sinks(strategy.forward(call), sinks)
         ctx.save_for_backward(q, k, v, sinks, bias, state.out, state.lse)
-        nothing = q.new_empty(0)  # autograd keeps the tensors, and frees them
-        ctx.call = replace(call, q=nothing, k=nothing, v=nothing, scores=replace(call.scores, bias=None))
+        # autograd keeps the tensors, and frees them
+        ctx.call = replace(call, q=q.new_empty(0), blocks=(), scores=replace(call.scores, bias=None))
         ctx.strategy, ctx.number = strategy, call.comm.calls
         return state.out, state.lse
 
@@ -222,7 +236,8 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, bias, out, lse = ctx.saved_tensors
-        call = replace(ctx.call, q=q, k=k, v=v, scores=replace(ctx.call.scores, bias=bias))
+        scores = replace(ctx.call.scores, bias=bias)
+        call: Call = replace(ctx.call, q=q, blocks=[PlacedBlock(Dense(k, v))], scores=scores)
         sizes = [[x.shape[0], x.shape[1], x.shape[3]] for x in (q, k, v)]
         described = {"call": "attention backward", "of call number": ctx.number, "strategy": ctx.strategy.name}
         agree(call.comm, described | {"sizes": sizes})

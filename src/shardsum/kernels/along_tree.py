@@ -20,7 +20,7 @@ from ..scores import Scores
 from ..state import AttentionState
 from ..tree import SEGMENT, Forest, Node, segments
 from .base import Bounds, Gradients, Kernel, Keys, OutputGradient, Queries, Values
-from .merging import merge_alike
+from ..packed import merge_alike
 
 ROWS = 16  # of a piece: few, since one query is padded to as many
 Intervals = Sequence[tuple[Bounds, Bounds]]
@@ -51,7 +51,7 @@ def state_by_pieces(
             bounds = _bounds(lo, hi, b, rows, keys)
             if bool((bounds[0] < bounds[1]).any()):
                 part = scores.some(b, h, rows, keys)
-                found = kernel.forward(_row(q, b, h, rows), *_key_rows(q, k, v, b, h, keys), *bounds, part)
+                found = kernel.forward_dense(_row(q, b, h, rows), *_key_rows(q, k, v, b, h, keys), *bounds, part)
                 own = slice(int(rows[0]), int(rows[-1]) + 1)
                 state.out[b, h, own] = found.out[0, 0, : own.stop - own.start] + 0.0
                 state.lse[b, h, own] = found.lse[0, 0, : own.stop - own.start]
@@ -84,7 +84,7 @@ def gradients_by_pieces(
             gradient.lse[b, h, rows][None, None],
             gradient.delta[b, h, rows][None, None],
         )
-        found = kernel.backward(
+        found = kernel.backward_dense(
             _row(q, b, h, rows), *_key_rows(q, k, v, b, h, keys), *bounds, scores.some(b, h, rows, keys), flowing
         )
         own, size = slice(int(rows[0]), int(rows[-1]) + 1), k.shape[2]
@@ -97,20 +97,16 @@ def gradients_by_pieces(
     return Gradients(d_q, d_k, d_v, d_bias)
 
 
-def states_by_nodes(
-    kernel: Kernel,
-    tensors: tuple[Queries, Keys, Values],
-    intervals: Intervals,
-    scores: Scores,
-    of_keys: Spans,
-    kv_len: int,
+def states_of_nodes(
+    kernel: Kernel, q, block, intervals: Intervals, scores: Scores, of_keys: Spans, kv_len: int
 ) -> Forest[AttentionState]:
     """The states of all rows over these keys' nodes in a tree over `kv_len` keys, for each of the intervals."""
-    q, k, v = tensors
+    block = block.dense(q.dtype)
+    k, v = block.k, block.v
     nodes: dict[Node, AttentionState] = {}
     for (node, some), (part, bounds) in itertools.product(of_keys, enumerate(intervals)):
         lo, hi = (bound.clamp(some.start, some.stop) - some.start for bound in bounds)
-        found = kernel.forward_tree(q, k[:, :, some], v[:, :, some], lo, hi, scores.some_keys(some))
+        found = kernel.forward_tree_dense(q, k[:, :, some], v[:, :, some], lo, hi, scores.some_keys(some))
         nodes[node._replace(part=part)] = found
     nothing = AttentionState.empty(*q.shape[:3], v.shape[3], dtype=state_dtype(q.dtype), device=q.device)
     return Forest(segments(kv_len), merge_alike, nothing, nodes)
@@ -141,7 +137,7 @@ def _key_rows(q: Tensor, k: Tensor, v: Tensor, b: int, h: int, keys: Tensor) -> 
     return _row(k, b, kv_head, keys), _row(v, b, kv_head, keys)
 
 
-class Blocks:
+class GradientsOfNodes:
     """The gradients of some rows and keys, from those of one segment of rows and one of keys at a time.
 
     d_q is summed along the tree of the keys, d_k and d_v along the tree of the rows. Halves of halves are taken:
@@ -151,12 +147,13 @@ class Blocks:
     def __init__(
         self,
         kernel: Kernel,
-        tensors: tuple[Queries, Keys, Values],
+        q,
+        block,
         intervals: Intervals,
         scores: Scores,
         gradient: OutputGradient,
     ) -> None:
-        self._kernel, self._tensors, self._intervals = kernel, tensors, intervals
+        self._kernel, self._tensors, self._intervals = kernel, (q, block.k, block.v), intervals
         self._scores, self._gradient = scores, gradient
 
     def by_nodes(
@@ -223,7 +220,7 @@ class Blocks:
         for lo, hi in self._intervals:
             bounds = [(x[:, rows] - keys.start).clamp(0, _size(keys)) for x in (lo, hi)]
             inputs = (q[:, :, rows], k[:, :, keys], v[:, :, keys], bounds[0], bounds[1], scores)
-            found.append(self._kernel.backward_leaf(*inputs, gradient))
+            found.append(self._kernel.backward_leaf_dense(*inputs, gradient))
         total = functools.reduce(Gradients.__add__, found)
         for x in (total.q, total.k, total.v):
             x.add_(0.0)  # -0.0 becomes 0.0, as beside zeros; a sum is -0.0 only where both sides are
