@@ -5,6 +5,7 @@ from .base import NOTHING, Communicator, Message, Traffic
 from .connect import as_communicator, connect
 from .group import subgroup
 from .launch import launch
+from .ranks import Ranks
 from .threads import SingleCommunicator
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Communicator",
     "Description",
     "Message",
+    "Ranks",
     "SingleCommunicator",
     "Traffic",
     "agree",

@@ -54,7 +54,7 @@ class AllReduce(Strategy):
             rows, row_bytes = call.q.shape[:3].numel(), call.state_bytes(rank)
             if call.reproducible:
                 return Traffic(row_bytes * len(others), len(others), 1)
-            return call.collective.traffic(call.comm, rows, row_bytes // max(1, rows))
+            return call.collective.traffic(call.collective.ranks(call.comm), rows, row_bytes // max(1, rows))
         states_bytes = sum(call.state_bytes(other) for other in others)
         return Traffic(call.q.nbytes * len(others) + states_bytes, 2 * len(others), 2)
 

@@ -49,10 +49,10 @@ class Strategy(ABC):
             own = len(call.key_nodes().of_rank[call.comm.rank])
             sent = Traffic(call.q.numel() * itemsize * own * others, others, 1)
         else:
-            sent = call.collective.traffic(call.comm, call.q.numel(), itemsize)
+            sent = call.collective.traffic(call.collective.ranks(call.comm), call.q.numel(), itemsize)
         if call.scores.bias is None:
             return sent
-        return sent + call.collective.traffic(call.comm, call.scores.bias.numel(), itemsize)
+        return sent + call.collective.traffic(call.collective.ranks(call.comm), call.scores.bias.numel(), itemsize)
 
     @abstractmethod
     def _backward(self, call: Call, gradient: OutputGradient) -> Gradients: ...
