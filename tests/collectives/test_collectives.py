@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 
 import pytest
@@ -27,7 +28,7 @@ from shardsum.collectives import (
     least_rounds,
     reduce_over_ranks,
 )
-from shardsum.comm import Communicator, Traffic, subgroup
+from shardsum.comm import Communicator, Ranks, Traffic, subgroup
 from shardsum.comm.threads import Hub, ThreadCommunicator
 from shardsum.kernels import merging, pack, unpack
 
@@ -182,9 +183,10 @@ def costs(name: str, size: int, rows: int) -> tuple[list[Traffic], list[Traffic]
         clocked = Clocked(hub, clocks, comm.rank)
         collective = MADE[name](size)
         collective.all_reduce(clocked, torch.ones(rows, V_DIM + 1), SUM)
-        at_once = collective.messages_at_once(clocked)
-        declared = collective.traffic(clocked, rows, row_bytes)
-        return declared, clocked.traffic, clocked.clock, collective.rounds(clocked, rows, row_bytes), at_once
+        ranks = collective.ranks(clocked)
+        at_once = collective.messages_at_once(ranks)
+        declared = collective.traffic(ranks, rows, row_bytes)
+        return declared, clocked.traffic, clocked.clock, collective.rounds(ranks, rows, row_bytes), at_once
 
     found = launch(run, ranks=size, transport="threads", deadline=20)
     declared, counted, chain, rounds, at_once = zip(*found, strict=True)
@@ -319,7 +321,23 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(ValueError, match="must not be two_level itself"):
         TwoLevel(between=TwoLevel())
     with pytest.raises(ValueError, match="the node of each of 2 ranks: got 3 nodes"):
-        launch(lambda comm: TwoLevel("aab").traffic(comm, 1, 4), ranks=2, transport="threads")
+        TwoLevel("aab").traffic(Ranks(0, 2), 1, 4)
+    with pytest.raises(ValueError, match="needs the host of each rank"):
+        TwoLevel().traffic(Ranks(0, 2), 1, 4)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_100_000_ranks_cost_is_known_at_once(name: str) -> None:
+    size, rows, row_bytes = 100_000, 4096, 4 * (V_DIM + 1)
+    hosts = tuple(f"host {rank // 8}" for rank in range(size))
+    collective = MADE[name](size)
+    start = time.perf_counter()
+    for rank in (0, 1, 7, 34_463, size - 1):
+        ranks = Ranks(rank, size, hosts)
+        sent = collective.traffic(ranks, rows, row_bytes)
+        assert sent.sent_bytes >= rows * row_bytes * (size - 1) // size
+        assert collective.rounds(ranks, rows, row_bytes) >= least_rounds(size, collective.messages_at_once(ranks))
+    assert time.perf_counter() - start < 1.0, "far more than it takes, on however busy a machine"
 
 
 def test_hosts_are_asked_for_once_and_are_no_traffic() -> None:

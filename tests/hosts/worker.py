@@ -113,7 +113,7 @@ def levels(comm: Communicator) -> dict[str, Any]:
         found = rows.clone()
         collective.all_reduce(comm, found, MERGE)
         assert_close(found, expected, STATE[torch.float32], collective.name)
-        declared = collective.traffic(comm, len(rows), rows[0].nbytes)
+        declared = collective.traffic(collective.ranks(comm), len(rows), rows[0].nbytes)
         return {
             **sent(comm, lambda: collective.all_reduce(comm, rows.clone(), MERGE)),
             "declared": REPETITIONS * (declared.sent_bytes + comm.size - 1),  # and a barrier of one byte

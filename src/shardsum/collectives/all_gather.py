@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..comm import Communicator, Traffic
+from ..comm import Communicator, Ranks, Traffic
 from ..packed import OfState, packed_shape, packer
 from ..memory import kept_memory
 from ..state import AttentionState
@@ -32,14 +32,14 @@ class GatherAll(Collective):
         comm.all_gather_into(rows, whole)
         combine_all(pieces, operation, rows)
 
-    def _traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic:
-        return Traffic(rows * row_bytes * (comm.size - 1), comm.size - 1, 1)
+    def _traffic(self, ranks: Ranks, rows: int, row_bytes: int) -> Traffic:
+        return Traffic(rows * row_bytes * (ranks.size - 1), ranks.size - 1, 1)
 
-    def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
+    def _rounds(self, ranks: Ranks, rows: int, row_bytes: int) -> int:
         return 1
 
-    def messages_at_once(self, comm: Communicator) -> int:
-        return comm.size - 1
+    def messages_at_once(self, ranks: Ranks) -> int:
+        return ranks.size - 1
 
 
 def _prepare(comm: Communicator, like: AttentionState) -> tuple[tuple[OfState, Callable[[], None], OfState], int]:

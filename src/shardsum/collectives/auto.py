@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..comm import Communicator, Traffic
+from ..comm import Communicator, Ranks, Traffic
 from ..state import AttentionState
 from .all_gather import GatherAll
 from .base import Collective
@@ -32,8 +32,8 @@ class Auto(Collective):
             return _ONE_ROUND
         return _FEW_ROUNDS if buffer_bytes < SCATTERED_BYTES else _FEW_BYTES
 
-    def messages_at_once(self, comm: Communicator) -> int:
-        return comm.size - 1 if comm.size <= GATHERED_RANKS else 1
+    def messages_at_once(self, ranks: Ranks) -> int:
+        return ranks.size - 1 if ranks.size <= GATHERED_RANKS else 1
 
     def all_reduce_state(self, comm: Communicator, state: AttentionState) -> None:
         self.of(comm.size, state.out.nbytes + state.lse.nbytes).all_reduce_state(comm, state)
@@ -41,8 +41,8 @@ class Auto(Collective):
     def _all_reduce(self, comm: Communicator, rows: Tensor, operation: Operation) -> None:
         self.of(comm.size, rows.nbytes).all_reduce(comm, rows, operation)
 
-    def _traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic:
-        return self.of(comm.size, rows * row_bytes).traffic(comm, rows, row_bytes)
+    def _traffic(self, ranks: Ranks, rows: int, row_bytes: int) -> Traffic:
+        return self.of(ranks.size, rows * row_bytes).traffic(ranks, rows, row_bytes)
 
-    def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
-        return self.of(comm.size, rows * row_bytes).rounds(comm, rows, row_bytes)
+    def _rounds(self, ranks: Ranks, rows: int, row_bytes: int) -> int:
+        return self.of(ranks.size, rows * row_bytes).rounds(ranks, rows, row_bytes)

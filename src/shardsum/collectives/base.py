@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from ..comm import Communicator, Traffic
+from ..comm import Communicator, Ranks, Traffic
 from ..packed import packed_shape, packer, unpacker
 from ..state import AttentionState
 from .operations import MERGE, Operation
@@ -21,7 +21,6 @@ class Collective(ABC):
     """
 
     name: str
-    needs_hosts = False
 
     def all_reduce(self, comm: Communicator, rows: Tensor, operation: Operation) -> None:
         """Replace `rows`, contiguous and of the same shape (rows, width) on every rank, by all ranks' combined."""
@@ -37,15 +36,26 @@ class Collective(ABC):
         self._all_reduce(comm, packed, MERGE)
         unpacker(packed)(state)
 
-    def traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic:
+    @property
+    def needs_hosts(self) -> bool:
+        """Whether what it does, and costs, depends on which ranks share a host."""
+        return False
+
+    def ranks(self, comm: Communicator) -> Ranks:
+        """The communicator's ranks as this collective's cost asks for them, which all ranks call together."""
+        if self.needs_hosts:
+            comm.hosts()
+        return comm.ranks
+
+    def traffic(self, ranks: Ranks, rows: int, row_bytes: int) -> Traffic:
         """What this rank sends, in closed form: the communicator must count exactly this."""
-        return self._traffic(comm, rows, row_bytes) if comm.size > 1 and rows * row_bytes else Traffic()
+        return self._traffic(ranks, rows, row_bytes) if ranks.size > 1 and rows * row_bytes else Traffic()
 
-    def rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
+    def rounds(self, ranks: Ranks, rows: int, row_bytes: int) -> int:
         """The longest chain of rounds of which each waits for the one before; fewer where some have no rows."""
-        return self._rounds(comm, rows, row_bytes) if comm.size > 1 and rows * row_bytes else 0
+        return self._rounds(ranks, rows, row_bytes) if ranks.size > 1 and rows * row_bytes else 0
 
-    def messages_at_once(self, comm: Communicator) -> int:
+    def messages_at_once(self, ranks: Ranks) -> int:
         """The most messages that a rank sends in one round."""
         return 1
 
@@ -53,10 +63,10 @@ class Collective(ABC):
     def _all_reduce(self, comm: Communicator, rows: Tensor, operation: Operation) -> None: ...
 
     @abstractmethod
-    def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int: ...
+    def _rounds(self, ranks: Ranks, rows: int, row_bytes: int) -> int: ...
 
     @abstractmethod
-    def _traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic: ...
+    def _traffic(self, ranks: Ranks, rows: int, row_bytes: int) -> Traffic: ...
 
 
 def slices(rows: int, parts: int) -> list[slice]:

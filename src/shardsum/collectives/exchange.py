@@ -7,7 +7,7 @@ import math
 
 from torch import Tensor
 
-from ..comm import Communicator, Traffic
+from ..comm import Communicator, Ranks, Traffic
 from .base import Collective
 from .fold import Fold
 from .operations import Operation, combine_all
@@ -52,21 +52,21 @@ class KaryExchange(Collective):
         comm.start(*messages)()
         combine_all([*pieces[:own], rows, *pieces[own:]], operation, rows)
 
-    def _traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic:
-        factors = _factors(comm.size, self._radix)
-        fold = Fold.of(comm.rank, comm.size, math.prod(factors))
+    def _traffic(self, ranks: Ranks, rows: int, row_bytes: int) -> Traffic:
+        factors = _factors(ranks.size, self._radix)
+        fold = Fold.of(ranks.rank, ranks.size, math.prod(factors))
         folded = fold.traffic(rows * row_bytes)
         if fold.index is None:
             return folded
         messages = sum(factors) - len(factors)
         return folded + Traffic(rows * row_bytes * messages, messages, len(factors))
 
-    def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
-        factors = _factors(comm.size, self._radix)
-        return len(factors) + Fold.of(comm.rank, comm.size, math.prod(factors)).rounds
+    def _rounds(self, ranks: Ranks, rows: int, row_bytes: int) -> int:
+        factors = _factors(ranks.size, self._radix)
+        return len(factors) + Fold.of(ranks.rank, ranks.size, math.prod(factors)).rounds
 
-    def messages_at_once(self, comm: Communicator) -> int:
-        return max(_factors(comm.size, self._radix), default=1) - 1
+    def messages_at_once(self, ranks: Ranks) -> int:
+        return max(_factors(ranks.size, self._radix), default=1) - 1
 
 
 class RecursiveDoubling(KaryExchange):
@@ -83,12 +83,15 @@ class RecursiveDoubling(KaryExchange):
 @functools.lru_cache
 def _factors(size: int, radix: int) -> list[int]:
     """Few factors of 2 to `radix` whose product is the largest possible up to `size`."""
-    for product in range(size, 0, -1):
-        factors, rest = [], product
-        for factor in range(radix, 1, -1):
-            while rest % factor == 0:
-                factors.append(factor)
-                rest //= factor
-        if rest == 1:
-            return factors
-    raise AssertionError("1 is a product of no factors")
+    products = {1}
+    for factor in range(2, radix + 1):
+        longer = products
+        while longer:
+            longer = {product * factor for product in longer if product * factor <= size} - products
+            products |= longer
+    factors, rest = [], max(products)
+    for factor in range(radix, 1, -1):
+        while rest % factor == 0:
+            factors.append(factor)
+            rest //= factor
+    return factors

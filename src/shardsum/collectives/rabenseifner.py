@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..comm import Communicator, Traffic
+from ..comm import Communicator, Ranks, Traffic
 from .base import Collective, depth, distances
 from .fold import Fold
 from .operations import Operation
@@ -43,20 +43,20 @@ class Rabenseifner(Collective):
             low, high = (theirs, own) if fold.index & distance else (own, theirs)
             operation.combine(low, high, own)
 
-    def _traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic:
-        ranks = _power_of_two(comm.size)
-        fold = Fold.of(comm.rank, comm.size, ranks)
+    def _traffic(self, ranks: Ranks, rows: int, row_bytes: int) -> Traffic:
+        taking_part = _power_of_two(ranks.size)
+        fold = Fold.of(ranks.rank, ranks.size, taking_part)
         total = fold.traffic(rows * row_bytes)
-        for distance in distances(ranks) if fold.index is not None else []:
+        for distance in distances(taking_part) if fold.index is not None else []:
             assert fold.index is not None
             for index in (fold.index ^ distance, fold.index):
-                start, end = _range(rows, ranks, index, distance)
+                start, end = _range(rows, taking_part, index, distance)
                 total += Traffic((end - start) * row_bytes, int(end > start), int(end > start))
         return total
 
-    def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
-        ranks = _power_of_two(comm.size)
-        return 2 * depth(ranks) + Fold.of(comm.rank, comm.size, ranks).rounds
+    def _rounds(self, ranks: Ranks, rows: int, row_bytes: int) -> int:
+        taking_part = _power_of_two(ranks.size)
+        return 2 * depth(taking_part) + Fold.of(ranks.rank, ranks.size, taking_part).rounds
 
 
 def _power_of_two(size: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..comm import Communicator, Traffic
+from ..comm import Communicator, Ranks, Traffic
 from .base import Collective, slices
 from .operations import Operation
 
@@ -32,13 +32,14 @@ class RingReduce(Collective):
             sent, own = blocks[(comm.rank + 1 - step) % size], blocks[(comm.rank - step) % size]
             comm.start((sent, to, own, source))()
 
-    def _traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic:
+    def _traffic(self, ranks: Ranks, rows: int, row_bytes: int) -> Traffic:
         # A rank never sends the block that it completes, nor hands on the last one that it receives.
-        kept = [(comm.rank + 1) % comm.size, (comm.rank + 2) % comm.size]
-        lengths = [part.stop - part.start for part in slices(rows, comm.size)]
-        sent = 2 * rows - sum(lengths[i] for i in kept)
-        messages = 2 * sum(map(bool, lengths)) - sum(bool(lengths[i]) for i in kept)
-        return Traffic(sent * row_bytes, messages, messages)
+        unsent = [
+            rows * (block + 1) // ranks.size - rows * block // ranks.size
+            for block in ((ranks.rank + 1) % ranks.size, (ranks.rank + 2) % ranks.size)
+        ]
+        messages = 2 * min(rows, ranks.size) - sum(map(bool, unsent))  # a block without rows is not sent
+        return Traffic((2 * rows - sum(unsent)) * row_bytes, messages, messages)
 
-    def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
-        return 2 * (comm.size - 1)
+    def _rounds(self, ranks: Ranks, rows: int, row_bytes: int) -> int:
+        return 2 * (ranks.size - 1)

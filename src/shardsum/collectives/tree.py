@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..comm import NOTHING, Communicator, Traffic
+from ..comm import NOTHING, Communicator, Ranks, Traffic
 from .base import Collective, depth, distances
 from .operations import Operation
 
@@ -22,11 +22,11 @@ class BinomialTree(Collective):
         reduce_to_first(comm, rows, operation)
         broadcast_from_first(comm, rows)
 
-    def _traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic:
-        return tree_traffic(comm, rows * row_bytes)
+    def _traffic(self, ranks: Ranks, rows: int, row_bytes: int) -> Traffic:
+        return tree_traffic(ranks, rows * row_bytes)
 
-    def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
-        return 2 * depth(comm.size)
+    def _rounds(self, ranks: Ranks, rows: int, row_bytes: int) -> int:
+        return 2 * depth(ranks.size)
 
 
 def reduce_to_first(comm: Communicator, rows: Tensor, operation: Operation) -> None:
@@ -52,12 +52,12 @@ def broadcast_from_first(comm: Communicator, rows: Tensor) -> None:
             comm.start((rows, comm.rank + distance, NOTHING, comm.rank + distance))()
 
 
-def tree_traffic(comm: Communicator, rows_bytes: int) -> Traffic:
+def tree_traffic(ranks: Ranks, rows_bytes: int) -> Traffic:
     """What this rank sends in both: its partial result unless it is the first, and the result to its children."""
     children = sum(
         1
-        for distance in distances(comm.size)
-        if comm.rank % (2 * distance) == 0 and comm.rank + distance < comm.size
+        for distance in distances(ranks.size)
+        if ranks.rank % (2 * distance) == 0 and ranks.rank + distance < ranks.size
     )
-    messages = children + (comm.rank > 0)
+    messages = children + (ranks.rank > 0)
     return Traffic(rows_bytes * messages, messages, messages)

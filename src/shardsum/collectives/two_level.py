@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
-from ..comm import Communicator, Traffic, subgroup
+from ..comm import Communicator, Ranks, Traffic, subgroup
 from .base import Collective, depth
 from .exchange import RecursiveDoubling
 from .operations import Operation
@@ -29,42 +31,50 @@ class TwoLevel(Collective):
         of = "" if nodes is None else f" of {list(map(str, nodes))}"
         self.name = f"two_level{of}" + ("" if between is None else f", {between.name} between")
 
+    @property
+    def needs_hosts(self) -> bool:
+        return self._nodes is None
+
     def _all_reduce(self, comm: Communicator, rows: Tensor, operation: Operation) -> None:
-        inside, between = self._groups(comm)
+        own, leaders = self._groups(self.ranks(comm))
+        inside = subgroup(comm, own)
         reduce_to_first(inside, rows, operation)
-        if between is not None:
-            self._between.all_reduce(between, rows, operation)
+        if comm.rank == own[0]:
+            self._between.all_reduce(subgroup(comm, leaders), rows, operation)
         broadcast_from_first(inside, rows)
 
-    def _traffic(self, comm: Communicator, rows: int, row_bytes: int) -> Traffic:
-        inside, between = self._groups(comm)
-        sent = tree_traffic(inside, rows * row_bytes)
-        return sent if between is None else sent + self._between.traffic(between, rows, row_bytes)
+    def _traffic(self, ranks: Ranks, rows: int, row_bytes: int) -> Traffic:
+        own, leaders = self._groups(ranks)
+        sent = tree_traffic(ranks.subgroup(own), rows * row_bytes)
+        if ranks.rank != own[0]:
+            return sent
+        return sent + self._between.traffic(ranks.subgroup(leaders), rows, row_bytes)
 
-    def _rounds(self, comm: Communicator, rows: int, row_bytes: int) -> int:
-        members = self._members(comm)
-        largest = max(map(len, members))
-        leaders = subgroup(comm, [comm.rank, *range(len(members) - 1)])
-        return 2 * depth(largest) + (self._between.rounds(leaders, rows, row_bytes) if len(members) > 1 else 0)
+    def _rounds(self, ranks: Ranks, rows: int, row_bytes: int) -> int:
+        leaders, largest = _leaders(self._nodes_of(ranks))
+        return 2 * depth(largest) + self._between.rounds(Ranks(0, len(leaders)), rows, row_bytes)
 
-    def messages_at_once(self, comm: Communicator) -> int:
-        count = len(self._members(comm))
-        leaders = subgroup(comm, [comm.rank, *range(count - 1)])
-        return max(1, self._between.messages_at_once(leaders)) if count > 1 else 1
+    def messages_at_once(self, ranks: Ranks) -> int:
+        leaders, _ = _leaders(self._nodes_of(ranks))
+        return max(1, self._between.messages_at_once(Ranks(0, len(leaders))))
 
-    def _members(self, comm: Communicator) -> list[list[int]]:
-        """The ranks of each node."""
-        nodes = comm.hosts() if self._nodes is None else self._nodes
-        if len(nodes) != comm.size:
-            raise ValueError(f"two_level needs the node of each of {comm.size} ranks: got {len(nodes)} nodes.")
-        members: dict[Hashable, list[int]] = {}
-        for rank, node in enumerate(nodes):
-            members.setdefault(node, []).append(rank)
-        return list(members.values())
+    def _groups(self, ranks: Ranks) -> tuple[list[int], list[int]]:
+        """The ranks of this rank's node, and the first rank of every node."""
+        nodes = self._nodes_of(ranks)
+        return [rank for rank, node in enumerate(nodes) if node == nodes[ranks.rank]], _leaders(nodes)[0]
 
-    def _groups(self, comm: Communicator) -> tuple[Communicator, Communicator | None]:
-        """The ranks of this rank's node, and for the first of these the first ranks of all nodes."""
-        members = self._members(comm)
-        own = next(ranks for ranks in members if comm.rank in ranks)
-        between = subgroup(comm, [ranks[0] for ranks in members]) if comm.rank == own[0] else None
-        return subgroup(comm, own), between
+    def _nodes_of(self, ranks: Ranks) -> tuple[Hashable, ...]:
+        """The node of each rank. Raises: ValueError where it is not known of each."""
+        nodes = ranks.hosts if self._nodes is None else self._nodes
+        if nodes is None:
+            raise ValueError("two_level without nodes needs the host of each rank: pass Ranks(rank, size, hosts).")
+        if len(nodes) != ranks.size:
+            raise ValueError(f"two_level needs the node of each of {ranks.size} ranks: got {len(nodes)} nodes.")
+        return nodes
+
+
+@functools.lru_cache(maxsize=8)
+def _leaders(nodes: tuple[Hashable, ...]) -> tuple[list[int], int]:
+    """The first rank of each node, and the number of ranks of the largest node."""
+    first = dict(zip(reversed(nodes), reversed(range(len(nodes))), strict=True))
+    return sorted(first.values()), max(Counter(nodes).values())

@@ -1,10 +1,11 @@
 """Between ranks: communicators over threads, torch.distributed and MPI, and how to get one."""
 
-from .agreement import Description, agree, agree_on
+from .agreement import Description, agree, agree_on, mistakes_reach_all
 from .base import NOTHING, Communicator, Message, Traffic
 from .connect import as_communicator, connect
 from .group import subgroup
 from .launch import launch
+from .ranks import Ranks
 from .threads import SingleCommunicator
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Communicator",
     "Description",
     "Message",
+    "Ranks",
     "SingleCommunicator",
     "Traffic",
     "agree",
@@ -19,23 +21,6 @@ __all__ = [
     "as_communicator",
     "connect",
     "launch",
+    "mistakes_reach_all",
     "subgroup",
 ]
-
-import contextlib as _c
-from dataclasses import dataclass as _d
-@_d(frozen=True)
-class Ranks:
-    rank: int
-    size: int
-    hosts: tuple | None = None
-class _Fake:
-    def __init__(s, r): s.rank, s.size, s._h = r.rank, r.size, r.hosts
-    def hosts(s): return s._h
-@_c.contextmanager
-def mistakes_reach_all(comm):
-    try:
-        yield
-    except Exception as mistake:
-        agree(comm, {}, error=mistake)
-        raise

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import RankLost
 from ..memory import kept_memory
+from .ranks import Ranks
 
 DEFAULT_DEADLINE_SECONDS = 300.0
 # When a rank has failed, the others get this long to say so too before they are ended.
@@ -85,6 +86,11 @@ class Communicator(ABC):
         self._scratch: dict[Hashable, tuple[Tensor, list[Tensor]]] = {}
         self._kept: dict[Hashable, Any] = {}  # of this group's ranks, and of no other's
         self._hosts: tuple[str, ...] | None = None
+
+    @property
+    def ranks(self) -> Ranks:
+        """This rank, the number of ranks, and the ranks' hosts once `hosts` has been called."""
+        return Ranks(self.rank, self.size, self._hosts)
 
     def all_gather(self, part: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
         """Every rank's `part`, in rank order; `shapes` gives each rank's shape where they differ."""
