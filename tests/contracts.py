@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shardsum import AttentionState, merge
 from shardsum.collectives import all_reduce_states, as_collective
-from shardsum.comm import Communicator, agree
+from shardsum.comm import Communicator, agree, mistakes_reach_all
 from shardsum.comm.base import KEPT_SIZES
 from shardsum.errors import Mismatch
 
@@ -228,13 +228,31 @@ def check_agreement_names_what_differs_on_every_rank(comm: Communicator) -> None
     assert [int(part) for part in comm.all_gather(torch.tensor(comm.rank))] == list(range(comm.size))
 
 
+def _make_a_mistake(comm: Communicator, culprit: int) -> None:
+    with mistakes_reach_all(comm):
+        if comm.rank == culprit:
+            raise ValueError("q has 3 heads")
+    agree(comm, {"causal": True})
+
+
 def check_agreement_tells_everyone_of_one_ranks_error(comm: Communicator) -> None:
     culprit = comm.size - 1
-    error = ValueError("q has 3 heads") if comm.rank == culprit else None
     alone, told = "^q has 3 heads$", f"^rank {culprit} could not take part: ValueError: q has 3 heads$"
     with pytest.raises(ValueError, match=alone if comm.size == 1 else told):
-        agree(comm, {"causal": True}, error=error)
+        _make_a_mistake(comm, culprit)
     assert agree(comm, {"causal": True}, comm.rank) == [(rank, 0) for rank in range(comm.size)]
+
+
+def _make_a_mistake_too_late(comm: Communicator) -> None:
+    with mistakes_reach_all(comm), mistakes_reach_all(comm):
+        agree(comm, {"causal": True})
+        raise ValueError("too late")
+
+
+def check_a_mistake_after_the_agreement_is_the_ranks_own(comm: Communicator) -> None:
+    with pytest.raises(ValueError, match="too late"):
+        _make_a_mistake_too_late(comm)
+    assert agree(comm, {"causal": True}) == [(0, 0)] * comm.size
 
 
 COMMUNICATOR: dict[str, Callable[[Communicator], None]] = {

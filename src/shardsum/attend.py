@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .arguments import Arguments
 from .collectives import as_collective
-from .comm import Communicator, Description, agree
+from .comm import Communicator, Description, agree, mistakes_reach_all
 from .errors import Unsupported
 from .kernels import OutputGradient, as_kernel
 from .layouts import Placement, as_layout
@@ -33,11 +33,8 @@ def attend(
 
     `name` is that of the call, alike on every rank.
     """
-    try:
+    with mistakes_reach_all(comm):
         prepared = Prepared(comm, q, k, v, arguments)
-    except Exception as mistake:
-        agree(comm, {}, error=mistake)
-        raise
     return prepared.attend(q, k, v, name)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .arguments import Arguments, Indices, indices_of, listed, whole
 from .attend import Prepared
-from .comm import Communicator, agree, agree_on, as_communicator
+from .comm import Communicator, agree_on, as_communicator, mistakes_reach_all
 from .errors import Unsupported
 from .layouts import Layout, Placement, as_layout
 from .owners import Owners
@@ -157,14 +157,11 @@ class KVCache:
         lengths, each sequence's queries end at its own length.
         """
         given = {"causal": causal, "q_replicated": q_replicated, "layout": layout or "contiguous", **options}
-        try:
+        with mistakes_reach_all(self.comm):
             store = self._layer(layer)
             placement = self._owners.placement(store.longest)
             k, v, scales = store.read(q.shape[0], len(placement.positions[self.comm.rank]))
             prepared = self._prepared(store, placement, q, k, v, given)
-        except Exception as mistake:
-            agree(self.comm, {}, error=mistake)
-            raise
         state = prepared.attend(q, k, v, f"KVCache.attend in layer {layer}", scales)
         return state if return_state else state.out.to(q.dtype)
 

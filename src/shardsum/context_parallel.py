@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .attention import attention
-from .comm import Communicator, agree, as_communicator
+from .comm import Communicator, as_communicator, mistakes_reach_all
 from .errors import Unsupported
 from .layouts import Layout
 from .strategies import Strategy
@@ -56,11 +56,8 @@ class _Mode(TorchFunctionMode):
     ) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        try:
+        with mistakes_reach_all(self.comm):
             tensors, options = _translated(*args, **(kwargs or {}))
-        except Exception as mistake:
-            agree(self.comm, {}, error=mistake)  # so that it reaches the ranks whose calls are right
-            raise
         return attention(*tensors, comm=self.comm, layout=self.layout, strategy=self.strategy, **options)
 
 

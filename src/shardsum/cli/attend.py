@@ -10,7 +10,7 @@ import click
 import torch
 
 from ..attention import attention
-from ..comm import Communicator, agree
+from ..comm import Communicator, agree, mistakes_reach_all
 from ..kernels import KERNELS
 from ..layouts import NAMES, Layout
 from ..problem import Problem
@@ -144,24 +144,17 @@ def sum_on_rank(comm: Communicator, options: dict[str, Any], output: str) -> dic
 
 def _on_every_rank(comm: Communicator, read: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
     """What `read` returns, once it has succeeded on every rank; its ValueError otherwise, on every rank."""
-    arrays: tuple[torch.Tensor, ...] = ()
-    error = None
-    try:
+    with mistakes_reach_all(comm):
         arrays = read()
-    except ValueError as mistake:
-        error = mistake
-    agree(comm, {"call": "attend", "shapes": [list(x.shape) for x in arrays]}, error=error)
+    agree(comm, {"call": "attend", "shapes": [list(x.shape) for x in arrays]})
     return arrays
 
 
 def _finish(comm: Communicator, output: str, out: torch.Tensor, keys: int, started: float) -> dict[str, Any]:
-    error = None
-    if comm.rank == 0:
-        try:
+    with mistakes_reach_all(comm):
+        if comm.rank == 0:
             save(output, out)
-        except OSError as failure:
-            error = failure
-    agree(comm, {"call": "save"}, error=error)
+    agree(comm, {"call": "save"})
     return {
         "output": output,
         "shape": list(out.shape),

@@ -15,7 +15,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from ..comm import Communicator, agree, connect
+from ..comm import Communicator, agree, connect, mistakes_reach_all
 from .common import busy, console, launchers_rank, on_ranks, print_json, progress, rank_options
 from .digests import digest
 from .text import text_and_question
@@ -100,12 +100,10 @@ def _packaged_model() -> Path:
 
 def _read(name: str) -> str:
     """The text in a file, once every rank of a launcher has read it; its ValueError otherwise, on each."""
-    text, error = "", None
-    try:
+    comm = connect(deadline=DEADLINE_SECONDS)
+    with mistakes_reach_all(comm):
         text = _text(name)
-    except ValueError as mistake:
-        error = mistake
-    agree(connect(deadline=DEADLINE_SECONDS), {"call": "read"}, error=error)
+    agree(comm, {"call": "read"})
     return text
 
 
@@ -149,14 +147,9 @@ def run_on_rank(
     """What the run over all ranks gave, and the run alone: made here, by rank 0, if a launcher made the ranks."""
     from .. import hf
 
-    error, prepared = None, None
-    try:
-        prepared = _prepare(job)
-    except Exception as mistake:  # noqa: BLE001 (raised again here, once the others know)
-        error = mistake
-    agree(comm, {"call": "generate"}, error=error)
-    assert prepared is not None
-    model, tokenizer, ids = prepared
+    with mistakes_reach_all(comm):
+        model, tokenizer, ids = _prepare(job)
+    agree(comm, {"call": "generate"})
     if job["alone"] and alone is None and comm.rank == 0:
         alone = _run_alone(model, tokenizer, ids, job)
     positions = ids.shape[1] + job["new_tokens"]

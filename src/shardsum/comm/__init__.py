@@ -1,6 +1,6 @@
 """Between ranks: communicators over threads, torch.distributed and MPI, and how to get one."""
 
-from .agreement import Description, agree, agree_on
+from .agreement import Description, agree, agree_on, mistakes_reach_all
 from .base import NOTHING, Communicator, Message, Traffic
 from .connect import as_communicator, connect
 from .group import subgroup
@@ -19,5 +19,6 @@ __all__ = [
     "as_communicator",
     "connect",
     "launch",
+    "mistakes_reach_all",
     "subgroup",
 ]

@@ -12,6 +12,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -77,54 +78,96 @@ class _Header(NamedTuple):
     digest: bytes
 
 
+class mistakes_reach_all:  # named as it reads in a `with`, as contextlib.suppress is
+    """Around what a rank does before the ranks have agreed: an exception inside reaches all of them.
+
+    The other ranks raise Mismatch, which names it, at their next agreement, in place of waiting for this one. Here
+    the exception itself is raised where every rank has one, else that Mismatch, from the exception.
+    An exception that comes when the ranks have agreed inside the block is left as it is: no rank waits for this
+    one in that agreement any more. So blocks may be nested.
+    Traffic: none without an exception; then that of an agreement that fails.
+    """
+
+    __slots__ = ("_calls", "_comm")
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm, self._calls = comm, comm.calls
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and self._comm.calls == self._calls:
+            _announce(self._comm, error)
+
+
 def agree(
-    comm: Communicator,
-    call: Mapping[str, Any] | Description,
-    q_len: int = 0,
-    kv_len: int = 0,
-    error: Exception | None = None,
+    comm: Communicator, call: Mapping[str, Any] | Description, q_len: int = 0, kv_len: int = 0
 ) -> list[tuple[int, int]]:
     """Every rank's (q_len, kv_len), once all ranks were found to make the same `call`.
 
-    `call` names every argument that must be equal, as JSON values. A rank whose own arguments are wrong passes
-    its `error` instead of leaving the others to wait. Calls are counted, so that a rank which gave one up, and is
-    at another than the others, is found too; so is one whose `comm.epoch` is another.
+    `call` names every argument that must be equal, as JSON values. What a rank finds wrong before it comes here it
+    finds inside `mistakes_reach_all`. Calls are counted, so that a rank which gave one up, and is at another than
+    the others, is found too; so is one whose `comm.epoch` is another.
     Traffic: 64 bytes to each other rank; a second all-gather, of the descriptions, only on a mismatch.
-    Raises: Mismatch, the same on every rank, naming the argument, its values and the ranks; `error` where every
-    rank gave its own.
+    Raises: Mismatch, the same on every rank, naming the argument, its values and the ranks.
+    """
+    with mistakes_reach_all(comm):
+        description = call if isinstance(call, Description) else Description.of(call)
+        header = _header(description, False, comm.calls + 1, comm.epoch)
+    comm.calls += 1
+    if comm.size == 1:
+        return [(q_len, kv_len)]
+    together = _gather_frames(comm, header, _packed_lengths(q_len, kv_len))
+    if lengths := _lengths_behind(header, together):
+        return lengths.copy()
+    mismatch = _mismatch(comm, description, together)
+    assert mismatch is not None, "this rank has no mistake"
+    raise mismatch
+
+
+def _announce(comm: Communicator, error: Exception) -> None:
+    """Take part in the agreement that the other ranks are in with this rank's mistake.
+
+    Raises: Mismatch, as on all ranks, unless each has a mistake of its own.
     """
     comm.calls += 1
-    if error is None:
-        try:
-            described = call if isinstance(call, Description) else Description.of(call)
-            header = _header(described, False, comm.calls, comm.epoch)
-        except (TypeError, ValueError) as mistake:
-            error = mistake
     if comm.size == 1:
-        if error is not None:
-            raise error
-        return [(q_len, kv_len)]
-    if error is not None:
-        described = Description.of_error(error)
-        header = _header(described, True, comm.calls)
+        return
+    description = Description.of_error(error)
+    together = _gather_frames(comm, _header(description, True, comm.calls), _packed_lengths(0, 0))
+    mismatch = _mismatch(comm, description, together)
+    if mismatch is not None:
+        raise mismatch from error
+
+
+def _gather_frames(comm: Communicator, header: bytes, lengths: bytes) -> bytes:
+    """All ranks' frames, one after another."""
     own, everyones, gather = comm.kept("agreement", _frames, comm)
-    own[:] = header + _packed_lengths(q_len, kv_len)
+    own[:] = header + lengths
     gather()
-    together = everyones.tobytes()
-    if error is None and (lengths := _lengths_behind(header, together)):
-        return lengths.copy()
-    starts = range(0, len(together), _FRAME_BYTES)
-    headers = [_read(together[at : at + _FRAME_BYTES], rank) for rank, at in enumerate(starts)]
-    texts = _gather_descriptions(comm, described.text, [header.text_bytes for header in headers])
+    return everyones.tobytes()
+
+
+def _mismatch(comm: Communicator, description: Description, frames: bytes) -> Mismatch | None:
+    """What is raised, alike on all ranks, where the frames are not alike; None where each tells of a mistake.
+
+    Raises: Mismatch where a frame can't be read.
+    """
+    starts = range(0, len(frames), _FRAME_BYTES)
+    headers = [_read(frames[at : at + _FRAME_BYTES], rank) for rank, at in enumerate(starts)]
+    texts = _gather_descriptions(comm, description.text, [header.text_bytes for header in headers])
     numbers, epochs = [header.number for header in headers], [header.epoch for header in headers]
     failed = [rank for rank, header in enumerate(headers) if header.failed]
     comm.calls = max(numbers)
-    if error is not None and len(failed) == comm.size:
-        raise error
+    if len(failed) == comm.size:
+        return None
     if failed:
-        raise Mismatch("; ".join(f"rank {rank} could not take part: {texts[rank]}" for rank in failed)) from error
-    found = [*_unequal("call number", numbers), *_unequal("epoch", epochs), *_differences(texts)]
-    raise Mismatch(" ".join(found) or _TOO_LONG)
+        return Mismatch("; ".join(f"rank {rank} could not take part: {texts[rank]}" for rank in failed))
+    sentences = [*_unequal("call number", numbers), *_unequal("epoch", epochs), *_differences(texts)]
+    return Mismatch(" ".join(sentences) or _TOO_LONG)
 
 
 _TOO_LONG = "the ranks made different calls, too long to compare argument by argument."
@@ -238,12 +281,7 @@ def agree_on(
 
     An exception of `describe`, the caller's mistake on this rank, reaches every rank instead of a hang.
     """
-    description: dict[str, Any] = {}
-    error: Exception | None = None
-    lengths = (0, 0)
-    try:
+    with mistakes_reach_all(comm):
         description = describe()
         lengths = (q.numel(), k.numel()) if dim is None else (q.shape[dim], k.shape[dim])
-    except Exception as mistake:  # noqa: BLE001 (raised again here, once the others know)
-        error = mistake
-    return agree(comm, description, *lengths, error)
+    return agree(comm, description, *lengths)

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ..comm import Communicator, agree, connect
+from ..comm import Communicator, agree, connect, mistakes_reach_all
 from ..layouts import Layout, as_layout
 from ..tree import unit
 from .probe import probe
@@ -46,18 +46,16 @@ def sharded(
     Mismatch, naming those where it isn't.
     """
     comm, layout = connect() if comm is None else comm, as_layout(layout)
-    session, problem = Session(model, comm, layout, 0, reproducible), None
+    session = Session(model, comm, layout, 0, reproducible)
     with contextlib.ExitStack() as undo:
-        try:
+        with mistakes_reach_all(comm):
             session.positions = longest(model, positions)
             name = undo.enter_context(registered(session))
             session.cache_shape = probe(session, name)
             if reproducible:  # raises where the layout cuts segments
                 layout.positions(0, comm.rank, comm.size, unit(reproducible))
-        except Exception as error:  # noqa: BLE001 (raised again here, once the others know)
-            problem = error
         call = {"call": "hf.sharded", "model": type(model).__name__, "layout": str(layout)}
-        agree(comm, call | {"reproducible": reproducible}, error=problem)
+        agree(comm, call | {"reproducible": reproducible})
         if reproducible:
             session.tiles = undo.enter_context(tiled(model))
         yield session

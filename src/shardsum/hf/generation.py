@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
-from ..comm import Communicator, agree
+from ..comm import Communicator, agree, mistakes_reach_all
 from ..errors import Unsupported
 from ..layouts import Layout
 from .binding import sharded
@@ -68,12 +68,8 @@ def generate(
 def _generate(session: Session, input_ids: Tensor, **arguments: Any) -> Any:
     loop = _Loop(session)
     model: Any = session.model  # its `generate` comes from a mixin that torch's Module hides from type checkers
-    try:
+    with mistakes_reach_all(session.comm):  # up to the agreement in `loop.decode`
         return model.generate(input_ids, **_arranged(loop, input_ids, arguments))
-    except Exception as error:
-        if not loop.agreed:  # the other ranks, whose calls may be right, wait for this one
-            agree(session.comm, {}, error=error)
-        raise
 
 
 def _arranged(loop: _Loop, input_ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +108,7 @@ class _Loop:
     """
 
     def __init__(self, session: Session) -> None:
-        self.session, self.agreed = session, False
+        self.session = session
         self.streamer: Any = None
 
     def decode(
@@ -125,9 +121,9 @@ class _Loop:
         **model_kwargs: Any,
     ) -> Any:
         comm = self.session.comm
-        problem = self._problem(generation_config, input_ids, model_kwargs)
-        self.agreed = True
-        agree(comm, _call(input_ids, generation_config, model_kwargs), error=problem)
+        if (problem := self._problem(generation_config, input_ids, model_kwargs)) is not None:
+            raise problem
+        agree(comm, _call(input_ids, generation_config, model_kwargs))
         beams = generation_config.get_generation_mode() in _BEAMS
         self._prefill(input_ids, generation_config, model_kwargs)
         stopping_criteria = _RankZeroDecides(stopping_criteria, comm)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..collectives import as_collective
-from ..comm import Communicator, agree, as_communicator, connect
+from ..comm import Communicator, agree, as_communicator, connect, mistakes_reach_all
 from ..errors import Unsupported
 from ..kernels import Kernel
 from ..layouts import Layout, as_layout
@@ -66,10 +66,10 @@ def training(
     session already, or more positions than it has; Mismatch where the ranks' models or arguments differ.
     """
     comm = as_communicator(comm)
-    ways, problem, call = Ways(comm, as_layout(layout), strategy, kernel, reproducible), None, {}
+    ways = Ways(comm, as_layout(layout), strategy, kernel, reproducible)
     bound = Training(model, ways, 0)
     with contextlib.ExitStack() as undo:
-        try:
+        with mistakes_reach_all(comm):
             _check_losses(model)
             bound.positions = longest(model, positions)
             name = undo.enter_context(registered(bound))
@@ -77,9 +77,7 @@ def training(
                 probe_training(bound, name, bound.running(Batch.of(_alone(ways), TOKENS)))
                 bound.find_out_about_documents()
             call = _description(bound)
-        except Exception as error:  # noqa: BLE001 (raised again here, once the others know)
-            problem = error
-        agree(comm, {"call": "hf.training", **call}, error=problem)
+        agree(comm, {"call": "hf.training", **call})
         yield bound
 
 
@@ -131,14 +129,11 @@ class Training(Bound):
         longer than `positions`; Unsupported for holes in attention_mask, for random numbers drawn outside of
         attention in training mode, and where a strategy can't do it; Mismatch where the ranks' batches differ.
         """
-        problem, batch, divisor = None, None, 0
-        try:
+        with mistakes_reach_all(self.comm):
             self._check(input_ids, labels, attention_mask, position_ids)
             documents = position_ids if self.documents_apart else None
             batch = Batch.of(self.ways, input_ids.shape[1], attention_mask, documents, seed)
             divisor = _divisor(labels, num_items_in_batch)
-        except Exception as error:  # noqa: BLE001 (raised again here, once the others know)
-            problem = error
         call: dict[str, Any] = {
             "call": "hf.training.loss",
             "mode": self.model.training,
@@ -147,9 +142,7 @@ class Training(Bound):
         }
         given: dict[str, Tensor | None] = {"input_ids": input_ids, "labels": labels}
         given |= {"attention_mask": attention_mask, "position_ids": position_ids}
-        digests = {} if problem else {name: digest(x) for name, x in given.items()}
-        agree(self.comm, call | digests, error=problem)
-        assert batch is not None, "agree() has raised what is wrong"
+        agree(self.comm, call | {name: digest(x) for name, x in given.items()})
         logits = self._logits(batch, input_ids, position_ids)
         targets = batch.own(shifted(labels)) if len(batch.rows) else labels.new_full(logits.shape[:2], IGNORED)
         logits = logits.to(state_dtype(logits.dtype)).flatten(0, 1)
