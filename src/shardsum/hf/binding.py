@@ -15,9 +15,10 @@ from transformers.modeling_utils import AttentionInterface
 from ..comm import Communicator, agree, connect, mistakes_reach_all
 from ..layouts import Layout, as_layout
 from ..tree import unit
+from .bound_model import BoundModel
 from .probe import probe
-from .session import Bound, Session
-from .tiles import tiled
+from .session import Session
+from .tiles import run_in_tiles
 
 # A model that names no limit is checked for sequences of up to this many tokens.
 DEFAULT_POSITIONS = 1 << 16
@@ -49,20 +50,20 @@ def sharded(
     session = Session(model, comm, layout, 0, reproducible)
     with contextlib.ExitStack() as undo:
         with mistakes_reach_all(comm):
-            session.positions = longest(model, positions)
-            name = undo.enter_context(registered(session))
+            session.positions = longest_sequence(model, positions)
+            name = undo.enter_context(register(session))
             session.cache_shape = probe(session, name)
             if reproducible:  # raises where the layout cuts segments
                 layout.positions(0, comm.rank, comm.size, unit(reproducible))
         call = {"call": "hf.sharded", "model": type(model).__name__, "layout": str(layout)}
         agree(comm, call | {"reproducible": reproducible})
         if reproducible:
-            session.tiles = undo.enter_context(tiled(model))
+            session.tiles = undo.enter_context(run_in_tiles(model))
         yield session
 
 
 @contextlib.contextmanager
-def registered(session: Bound) -> Iterator[str]:
+def register(session: BoundModel) -> Iterator[str]:
     """The name under which the model can choose the session's attention; all is as before afterwards."""
     chosen = [(config, config._attn_implementation) for config in _configs(session.model)]
     ids = {id(config) for config, _ in chosen}
@@ -90,7 +91,7 @@ def registered(session: Bound) -> Iterator[str]:
             _in_use.difference_update(ids)
 
 
-def longest(model: PreTrainedModel, positions: int | None) -> int:
+def longest_sequence(model: PreTrainedModel, positions: int | None) -> int:
     """The number of positions to expect: what was asked for, the model's limit, or a default.
 
     Raises: ValueError where more are asked for than the model has.

@@ -15,9 +15,10 @@ from ..comm import Communicator, agree, mistakes_reach_all
 from ..errors import Unsupported
 from ..layouts import Layout
 from .binding import sharded
+from .bound_model import digest
 from .cache import ShardedCache
-from .masks import padding_start
-from .session import Session, digest
+from .masks import Padding
+from .session import Session
 
 _REFUSED = {
     "assistant_model": "assisted decoding",
@@ -69,10 +70,10 @@ def _generate(session: Session, input_ids: Tensor, **arguments: Any) -> Any:
     loop = _Loop(session)
     model: Any = session.model  # its `generate` comes from a mixin that torch's Module hides from type checkers
     with mistakes_reach_all(session.comm):  # up to the agreement in `loop.decode`
-        return model.generate(input_ids, **_arranged(loop, input_ids, arguments))
+        return model.generate(input_ids, **_arrange(loop, input_ids, arguments))
 
 
-def _arranged(loop: _Loop, input_ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+def _arrange(loop: _Loop, input_ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments for `model.generate` that make it decode by `loop`."""
     session = loop.session
     if input_ids.ndim != 2 or not input_ids.numel():
@@ -82,8 +83,9 @@ def _arranged(loop: _Loop, input_ids: Tensor, arguments: dict[str, Any]) -> dict
             raise Unsupported(f"{what} ({name}) is not supported over sharded keys. Use sampling or beams.")
     cache = arguments.pop("past_key_values", None)
     cache = session.new_cache() if cache is None else cache
-    if not (isinstance(cache, ShardedCache) and session.owns(cache)):
+    if not (isinstance(cache, ShardedCache) and cache.owner is session):
         raise Unsupported(f"past_key_values must be this session's new_cache(): got {type(cache).__name__}.")
+    session.check(cache)
     # Transformers hands neither the streamer nor the tokenizer on to a decoding loop that is passed in.
     tokenizer, stop_strings = arguments.pop("tokenizer", None), arguments.pop("stop_strings", None)
     config = arguments.get("generation_config")
@@ -120,18 +122,17 @@ class _Loop:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Any:
-        comm = self.session.comm
         if (problem := self._problem(generation_config, input_ids, model_kwargs)) is not None:
             raise problem
-        agree(comm, _call(input_ids, generation_config, model_kwargs))
+        agree(self.session.comm, _describe_call(input_ids, generation_config, model_kwargs))
         beams = generation_config.get_generation_mode() in _BEAMS
         self._prefill(input_ids, generation_config, model_kwargs)
-        stopping_criteria = _RankZeroDecides(stopping_criteria, comm)
+        stopping_criteria = _RankZeroCriteria(stopping_criteria, self.session)
         if beams:
-            logits_processor.append(_RankZeroScores(comm))
+            logits_processor.append(_RankZeroScores(self.session))
         else:
             model_kwargs["streamer"] = self.streamer
-        if comm.rank:
+        if self.session.comm.rank:
             # Only rank 0's draws count; ranks that are threads would draw from the same generator in between.
             generation_config.do_sample = False
         return getattr(type(model), "_beam_search" if beams else "_sample")(
@@ -186,38 +187,37 @@ class _Loop:
             )
         if cache.get_seq_length() and max(config.num_beams, config.num_return_sequences) > 1:
             return Unsupported("several sequences from one prompt need an empty cache.")
-        try:
-            start = padding_start(model_kwargs.get("attention_mask"), length)
-        except Unsupported as error:
-            return error
-        padding = 0 if start is None else int(start.min())
-        if config.max_length - padding > self.session.positions:
+        padding = Padding.of(model_kwargs.get("attention_mask"), length)
+        if (why_not := padding.why_not_left(length)) is not None:
+            return Unsupported(why_not)
+        padded = 0 if padding.start is None else int(padding.start.min())
+        if config.max_length - padded > self.session.positions:
             return ValueError(
-                f"{kind} was checked for {self.session.positions} positions: got a prompt of {length - padding} "
+                f"{kind} was checked for {self.session.positions} positions: got a prompt of {length - padded} "
                 f"tokens and up to {config.max_length - length} new ones. Ask for fewer."
             )
         return None
 
 
-class _RankZeroDecides(StoppingCriteriaList):
+class _RankZeroCriteria(StoppingCriteriaList):
     """Rank 0's new tokens and its decision to stop, on every rank; the other ranks' criteria are not asked.
 
     `_sample` calls the criteria with the very tensor that it goes on with, so the tokens are written into it.
     Traffic: two int64 for each row, from rank 0 to each other rank.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, comm: Communicator) -> None:
+    def __init__(self, criteria: StoppingCriteriaList, session: Session) -> None:
         super().__init__(criteria)
-        self.comm = comm
+        self.session = session
 
     def __call__(self, input_ids: Tensor, scores: Any, **arguments: Any) -> Tensor:
-        decision = torch.empty(0)
-        if self.comm.rank == 0:
+        comm, decision = self.session.comm, torch.empty(0)
+        if comm.rank == 0:
             stop: Tensor = super().__call__(input_ids, scores, **arguments)
-            if self.comm.size == 1:
+            if comm.size == 1:
                 return stop
             decision = torch.stack([input_ids[:, -1], stop.to(input_ids.dtype)])
-        decision = _from_rank_zero(self.comm, decision, (2, len(input_ids)), input_ids)
+        decision = _broadcast_from_rank_zero(comm, decision, (2, len(input_ids)), input_ids)
         input_ids[:, -1] = decision[0]
         return decision[1].bool()
 
@@ -225,14 +225,15 @@ class _RankZeroDecides(StoppingCriteriaList):
 class _RankZeroScores(LogitsProcessor):
     """Rank 0's scores on every rank: equal scores give equal beams. Traffic: the scores, from rank 0."""
 
-    def __init__(self, comm: Communicator) -> None:
-        self.comm = comm
+    def __init__(self, session: Session) -> None:
+        self.session = session
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores if self.comm.size == 1 else _from_rank_zero(self.comm, scores, scores.shape, scores)
+        comm = self.session.comm
+        return scores if comm.size == 1 else _broadcast_from_rank_zero(comm, scores, scores.shape, scores)
 
 
-def _from_rank_zero(comm: Communicator, part: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
+def _broadcast_from_rank_zero(comm: Communicator, part: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Rank 0's `part`, of that shape, with dtype and device of `like`; other ranks' is not looked at."""
     mine = part.to(like.dtype) if comm.rank == 0 else like.new_empty((0,))
     return comm.all_gather(mine, [tuple(shape), *[(0,)] * (comm.size - 1)])[0]
@@ -243,7 +244,7 @@ def _prompts(positions: Tensor, copies: int) -> Tensor:
     return positions if positions.shape[0] == 1 else positions[::copies]
 
 
-def _call(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+def _describe_call(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> dict[str, Any]:
     """What has to be the same on every rank, tensors by their digest."""
     # What a rank wants to be returned is its own affair.
     settings = {

@@ -37,7 +37,7 @@ _BROKEN_FILE = (
 )
 
 # Transformers' verbosity, progress bars and Python's warning filters are global: one thread at a time.
-_quiet_lock = threading.RLock()
+_silence_lock = threading.RLock()
 
 
 def load(path: str | os.PathLike[str], gguf_file: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
@@ -52,18 +52,18 @@ def load(path: str | os.PathLike[str], gguf_file: str | None = None, dtype: torc
     """
     folder, gguf = _find(Path(path).expanduser(), gguf_file)
     if gguf is not None:
-        folder = _converted(gguf, dtype)
-    with quiet(), _one_line(path):
+        folder = _convert(gguf, dtype)
+    with silence(), _errors_in_one_line(path):
         return _from_folder(folder, dtype)
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Transformers prints nothing inside, whatever it would like to warn of; settings are put back."""
     from transformers import utils
 
     theirs: Any = utils.logging  # its functions have no types
-    with _quiet_lock, warnings.catch_warnings():
+    with _silence_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
         theirs.set_verbosity(logging.CRITICAL)
@@ -77,7 +77,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_line(path: object) -> Iterator[None]:
+def _errors_in_one_line(path: object) -> Iterator[None]:
     """Whatever a reader of files says, as one ValueError of one line."""
     try:
         yield
@@ -141,7 +141,7 @@ def _check_causal(config: Any) -> None:
         raise ValueError(f"{kind} is not a causal language model.")
 
 
-def _converted(gguf: Path, dtype: torch.dtype) -> Path:
+def _convert(gguf: Path, dtype: torch.dtype) -> Path:
     """A folder with the GGUF file's model as safetensors: made on the first call, then found again.
 
     Several processes and threads may ask at once: one converts, under a lock; the result appears whole.
@@ -153,13 +153,13 @@ def _converted(gguf: Path, dtype: torch.dtype) -> Path:
     if target.is_dir():
         return target
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"), quiet():
+    with FileLock(f"{target}.lock"), silence():
         if target.is_dir():
             return target
         scratch = root / f".{target.name}-{uuid.uuid4().hex}"
         try:
             # Transformers' bar for this one can't be switched off; it writes to whatever stderr is.
-            with _one_line(gguf), contextlib.redirect_stderr(io.StringIO()):
+            with _errors_in_one_line(gguf), contextlib.redirect_stderr(io.StringIO()):
                 model, tokenizer = _from_folder(gguf.parent, dtype, gguf_file=gguf.name)
                 _forget_quantization(model)
                 model.save_pretrained(scratch)
