@@ -35,7 +35,7 @@ class Batch:
     """What an attention call has to know of the whole sequences.
 
     It travels with the mask, so that a layer which is computed again in the backward pass finds the same one. For
-    that it keeps the communicator over which the step began; the next step's batch has that of its own day.
+    that it keeps the communicator over which the step began; the next step's batch takes it from the model again.
     Shapes: rows (this rank's tokens,), their positions in the sequence; masking is arguments of `attention`.
     """
 

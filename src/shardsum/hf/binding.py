@@ -35,7 +35,7 @@ def sharded(
     positions: int | None = None,
     reproducible: bool = False,
 ) -> Iterator[Session]:
-    """A `Session` in which the model's attention runs over the keys and values of all ranks.
+    """Open a `Session` in which the model's attention runs over the keys and values of all ranks.
 
     On entry a few forward passes over seven tokens find out whether the model is one whose tokens meet in plain
     softmax attention only; see `shardsum.hf.probe`. `positions` is the longest sequence to expect, by default
@@ -64,7 +64,7 @@ def sharded(
 
 @contextlib.contextmanager
 def register(session: BoundModel) -> Iterator[str]:
-    """The name under which the model can choose the session's attention; all is as before afterwards."""
+    """Register the session's attention under the name returned; all is as before after the block."""
     chosen = [(config, config._attn_implementation) for config in _configs(session.model)]
     ids = {id(config) for config, _ in chosen}
     with _lock:
@@ -92,7 +92,7 @@ def register(session: BoundModel) -> Iterator[str]:
 
 
 def longest_sequence(model: PreTrainedModel, positions: int | None) -> int:
-    """The number of positions to expect: what was asked for, the model's limit, or a default.
+    """Return the number of positions to expect: what was asked for, the model's limit, or a default.
 
     Raises: ValueError where more are asked for than the model has.
     """
@@ -109,7 +109,7 @@ def longest_sequence(model: PreTrainedModel, positions: int | None) -> int:
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Every configuration in the model, those without a module of their own included."""
+    """Collect every configuration in the model, those without a module of their own included."""
     found: dict[int, PreTrainedConfig] = {}
     waiting: list[Any] = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     while waiting:

@@ -139,7 +139,7 @@ class ShardedCache(Cache):
         self.batch = k.shape[0]
 
     def attend(self, layer: int, q: Tensor, mask: IntervalMask, scale: float | None) -> Tensor:
-        """The attention of the new queries over all tokens so far.
+        """Attend with the new queries over all tokens so far.
 
         Shapes: q (batch, q_heads, new tokens on this rank, head_dim); the result has v_dim instead.
         """
@@ -163,7 +163,7 @@ class ShardedCache(Cache):
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows. Shapes: indices (new batch,)."""
+        """Keep these rows, in this order. Shapes: indices (new batch,)."""
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -40,7 +40,7 @@ def generate(
     reproducible: bool = False,
     **arguments: Any,
 ) -> Any:
-    """What `model.generate` returns, the same on every rank, with the KV cache spread over the ranks.
+    """Generate as `model.generate` does, the same on every rank, with the KV cache spread over the ranks.
 
     `arguments` are those of `model.generate`. All but the last prompt token are prefilled in shards, each rank
     running the model on its own; then all ranks decode together. Rank 0 chooses the tokens and decides when to
@@ -74,7 +74,7 @@ def _generate(session: Session, input_ids: Tensor, **arguments: Any) -> Any:
 
 
 def _arrange(loop: _Loop, input_ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments for `model.generate` that make it decode by `loop`."""
+    """Return the arguments for `model.generate` that make it decode by `loop`."""
     session = loop.session
     if input_ids.ndim != 2 or not input_ids.numel():
         raise ValueError(f"input_ids must be (batch, tokens), one token at least: got {tuple(input_ids.shape)}.")
@@ -87,6 +87,15 @@ def _arrange(loop: _Loop, input_ids: Tensor, arguments: dict[str, Any]) -> dict[
         raise Unsupported(f"past_key_values must be this session's new_cache(): got {type(cache).__name__}.")
     session.check(cache)
     # Transformers hands neither the streamer nor the tokenizer on to a decoding loop that is passed in.
+    criteria = _take_stopping_criteria(arguments)
+    streamer = arguments.pop("streamer", None)
+    loop.streamer = streamer if session.comm.rank == 0 else None
+    own = {"custom_generate": loop.decode, "stopping_criteria": criteria, "streamer": loop.streamer}
+    return {**arguments, **own, "past_key_values": cache}
+
+
+def _take_stopping_criteria(arguments: dict[str, Any]) -> StoppingCriteriaList:
+    """Take whatever stops generation out of the arguments. Raises: ValueError for strings without a tokenizer."""
     tokenizer, stop_strings = arguments.pop("tokenizer", None), arguments.pop("stop_strings", None)
     config = arguments.get("generation_config")
     if stop_strings is None and config is not None and config.stop_strings is not None:
@@ -97,10 +106,7 @@ def _arrange(loop: _Loop, input_ids: Tensor, arguments: dict[str, Any]) -> dict[
         if tokenizer is None:
             raise ValueError("stop_strings needs the tokenizer: pass tokenizer=... too.")
         criteria.append(StopStringCriteria(tokenizer, stop_strings))
-    streamer = arguments.pop("streamer", None)
-    loop.streamer = streamer if session.comm.rank == 0 else None
-    own = {"custom_generate": loop.decode, "stopping_criteria": criteria, "streamer": loop.streamer}
-    return {**arguments, **own, "past_key_values": cache}
+    return criteria
 
 
 class _Loop:
@@ -145,7 +151,7 @@ class _Loop:
         )
 
     def _prefill(self, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-        """All tokens but the last into the cache, once for each prompt, then one copy for each beam."""
+        """Put all tokens but the last into the cache, once for each prompt, then one copy for each beam."""
         cache = model_kwargs["past_key_values"]
         copies = max(config.num_beams, config.num_return_sequences)
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
@@ -165,9 +171,11 @@ class _Loop:
     def _problem(
         self, config: GenerationConfig, input_ids: Tensor, model_kwargs: dict[str, Any]
     ) -> ValueError | None:
-        """What is wrong with the call, if anything."""
-        mode, cache = config.get_generation_mode(), model_kwargs["past_key_values"]
-        kind, length = type(self.session.model).__name__, input_ids.shape[1]
+        """Return what is wrong with the call, if anything, as the exception to raise."""
+        return self._problem_with_settings(config) or self._problem_with_prompt(config, input_ids, model_kwargs)
+
+    def _problem_with_settings(self, config: GenerationConfig) -> ValueError | None:
+        mode = config.get_generation_mode()
         if mode not in (*_SAMPLING, *_BEAMS):
             return Unsupported(f"{mode.value} is not supported over sharded keys. Use sampling or beam search.")
         if mode is GenerationMode.BEAM_SAMPLE and self.session.comm.size > 1:
@@ -180,12 +188,18 @@ class _Loop:
             return ValueError("a streamer can't follow beam search, whose tokens may change until the end.")
         if not config.use_cache:
             return Unsupported("use_cache=False: the sharded cache is where the ranks meet.")
-        if cache.get_seq_length() >= length:
+        return None
+
+    def _problem_with_prompt(
+        self, config: GenerationConfig, input_ids: Tensor, model_kwargs: dict[str, Any]
+    ) -> ValueError | None:
+        seen, length = model_kwargs["past_key_values"].get_seq_length(), input_ids.shape[1]
+        if seen >= length:
             return ValueError(
-                f"the cache holds {cache.get_seq_length()} tokens already, and input_ids, which starts with "
-                f"these, has {length}: at least one more is needed."
+                f"the cache holds {seen} tokens already, and input_ids, which starts with these, has {length}: "
+                "at least one more is needed."
             )
-        if cache.get_seq_length() and max(config.num_beams, config.num_return_sequences) > 1:
+        if seen and max(config.num_beams, config.num_return_sequences) > 1:
             return Unsupported("several sequences from one prompt need an empty cache.")
         padding = Padding.of(model_kwargs.get("attention_mask"), length)
         if (why_not := padding.why_not_left(length)) is not None:
@@ -193,8 +207,9 @@ class _Loop:
         padded = 0 if padding.start is None else int(padding.start.min())
         if config.max_length - padded > self.session.positions:
             return ValueError(
-                f"{kind} was checked for {self.session.positions} positions: got a prompt of {length - padded} "
-                f"tokens and up to {config.max_length - length} new ones. Ask for fewer."
+                f"{type(self.session.model).__name__} was checked for {self.session.positions} positions: "
+                f"got a prompt of {length - padded} tokens and up to {config.max_length - length} new ones. "
+                "Ask for fewer."
             )
         return None
 
@@ -234,18 +249,18 @@ class _RankZeroScores(LogitsProcessor):
 
 
 def _broadcast_from_rank_zero(comm: Communicator, part: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Rank 0's `part`, of that shape, with dtype and device of `like`; other ranks' is not looked at."""
+    """Return rank 0's `part`, of that shape, with dtype and device of `like`; other ranks' is not looked at."""
     mine = part.to(like.dtype) if comm.rank == 0 else like.new_empty((0,))
     return comm.all_gather(mine, [tuple(shape), *[(0,)] * (comm.size - 1)])[0]
 
 
 def _prompts(positions: Tensor, copies: int) -> Tensor:
-    """One row for each prompt: positions are expanded with the prompts unless they have one row for all."""
+    """Select a row for each prompt: positions are expanded with the prompts unless they have one row for all."""
     return positions if positions.shape[0] == 1 else positions[::copies]
 
 
 def _describe_call(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What has to be the same on every rank, tensors by their digest."""
+    """Describe what has to be the same on every rank, tensors by their digest."""
     # What a rank wants to be returned is its own affair.
     settings = {
         name: json.loads(json.dumps(value, default=str))
@@ -264,7 +279,7 @@ def _describe_call(input_ids: Tensor, config: GenerationConfig, model_kwargs: di
 def _requested_length(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, arguments: dict[str, Any]
 ) -> int | None:
-    """Prompt and new tokens together, where the call says how many; padding does not count."""
+    """Count prompt and new tokens together, where the call says how many; padding does not count."""
     config: Any = arguments.get("generation_config") or model.generation_config
     new, length = arguments.get("max_new_tokens", config.max_new_tokens), arguments.get("max_length")
     padded = input_ids.shape[-1]

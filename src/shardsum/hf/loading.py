@@ -41,7 +41,7 @@ _silence_lock = threading.RLock()
 
 
 def load(path: str | os.PathLike[str], gguf_file: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
-    """(model, tokenizer) of a causal language model on this machine, ready to generate.
+    """Load (model, tokenizer) of a causal language model on this machine, ready to generate.
 
     `path` is a folder with config.json and safetensors, a GGUF file, or a folder with one (or `gguf_file` in
     it). Nothing is downloaded, no code from the model's folder is run and nothing is printed. A GGUF file is
@@ -59,7 +59,7 @@ def load(path: str | os.PathLike[str], gguf_file: str | None = None, dtype: torc
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Transformers prints nothing inside, whatever it would like to warn of; settings are put back."""
+    """Keep Transformers from printing inside the block, whatever it warns of; settings are put back."""
     from transformers import utils
 
     theirs: Any = utils.logging  # its functions have no types
@@ -78,7 +78,7 @@ def silence() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _errors_in_one_line(path: object) -> Iterator[None]:
-    """Whatever a reader of files says, as one ValueError of one line."""
+    """Raise whatever a reader of files raises inside the block as a ValueError of one line."""
     try:
         yield
     except Unsupported:
@@ -89,7 +89,7 @@ def _errors_in_one_line(path: object) -> Iterator[None]:
 
 
 def _find(path: Path, gguf_file: str | None) -> tuple[Path, Path | None]:
-    """The model's folder, and the GGUF file if it is one."""
+    """Return the model's folder, and the GGUF file if it is one."""
     if not path.exists():
         raise ValueError(f"no such model: {path} does not exist. Only models on this machine are loaded.")
     if path.is_file():
@@ -142,7 +142,7 @@ def _check_causal(config: Any) -> None:
 
 
 def _convert(gguf: Path, dtype: torch.dtype) -> Path:
-    """A folder with the GGUF file's model as safetensors: made on the first call, then found again.
+    """Return a folder with the GGUF file's model as safetensors, made on the first call.
 
     Several processes and threads may ask at once: one converts, under a lock; the result appears whole.
     """
@@ -173,7 +173,7 @@ def _convert(gguf: Path, dtype: torch.dtype) -> Path:
 
 
 def _identity(file: Path, dtype: torch.dtype) -> str:
-    """Which file it is: its size, time and both ends, and what is made of it."""
+    """Identify a file by its size, time and both ends, and what is made of it."""
     stat = file.stat()
     with file.open("rb") as stream:
         head = stream.read(_SAMPLE_BYTES)
@@ -184,7 +184,7 @@ def _identity(file: Path, dtype: torch.dtype) -> str:
 
 
 def _forget_quantization(model: Any) -> None:
-    """The weights are plain by now; `save_pretrained` would refuse them as those of a quantized model."""
+    """Mark the weights as the plain ones they are by now; `save_pretrained` refuses a quantized model's."""
     for owner, name in (
         (model, "hf_quantizer"),
         (model, "is_quantized"),

@@ -178,7 +178,7 @@ def as_interval_mask(
 
 
 def _first_visible(mask_function: MaskFunction, batch: int, row: Tensor) -> int:
-    """The first key that a row sees, supposing that what it sees is one interval; 0 where it sees none."""
+    """Find the first key that a row sees, supposing that it sees one interval; 0 where it sees none."""
     coarse = torch.linspace(0, int(row), _SAMPLED_KEYS, device=row.device).long()
     index = int(evaluate(mask_function, batch, row, coarse)[0, 0].int().argmax())
     if index == 0:
@@ -223,7 +223,7 @@ def _why_not_window(visible: Tensor, left: int | None, rows: Tensor, keys: Tenso
 
 
 def _sample(q_offset: int, kv_length: int, left: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows among the queries and keys among all, the edges of the expected interval included."""
+    """Choose rows among the queries and keys among all, the edges of the expected interval included."""
     if q_offset == kv_length - 1:
         rows = torch.tensor([q_offset], device=device)
         return rows, _sampled_keys(rows, kv_length, left)

@@ -38,7 +38,9 @@ TOKENS, CHANGED, SHARD = 7, 1, [0, 2, 3]
 
 
 def probe(session: Session, name: str) -> CacheShape:
-    """The shape of the model's cache. `name` is under which the session is registered; it is in use afterwards.
+    """Put the questions to a model, and return the shape of its cache.
+
+    The session is registered as `name`, which the model uses afterwards.
 
     Raises: Unsupported, naming the module or option, for a model that can't be sharded without changing its
     results; ValueError for a model in training mode.
@@ -73,7 +75,7 @@ def probe_training(session: BoundModel, name: str, attending: contextlib.Abstrac
 
 @contextlib.contextmanager
 def _questions(session: BoundModel, name: str) -> Iterator[tuple[Outputs, _Probe]]:
-    """(what the model computes with its own attention, what stands in for it inside of the block)."""
+    """Return what the model computes with its own attention, and what stands in for that inside of the block."""
     model = session.model
     _check_kind(model)
     try:
@@ -100,7 +102,7 @@ def _check_kind(model: PreTrainedModel) -> None:
 
 
 def _check_mixing(session: BoundModel) -> Outputs:
-    """Question 1: what the model computes where attention mixes nothing."""
+    """Put question 1, and return what the model computes where attention mixes nothing."""
     model, tokens = session.model, _tokens(session.model).repeat(2, 1)
     tokens[1, CHANGED] = tokens[0, -1]
     inputs = {"attention_mask": torch.ones_like(tokens), "position_ids": _far_positions(session).expand(2, -1)}
@@ -116,7 +118,7 @@ def _check_mixing(session: BoundModel) -> Outputs:
 
 
 def _check_shard(session: BoundModel, whole: Outputs, **cache: ShardedCache) -> None:
-    """Questions 2 and 4: some of the tokens, going into the cache if there is one."""
+    """Put questions 2 and 4 by some of the tokens, going into the cache if there is one."""
     model, tokens = session.model, _tokens(session.model)[:, SHARD]
     for argument in ("position_ids", *cache):
         if not has_argument(model, argument):
@@ -139,7 +141,7 @@ def _check_shard(session: BoundModel, whole: Outputs, **cache: ShardedCache) -> 
 
 
 def _check_scores(session: Session, shape: CacheShape, own: Outputs) -> None:
-    """Question 3: the last token decoded over our cache on one rank, the others prefilled."""
+    """Put question 3: the last token is decoded over our cache on one rank, the others are prefilled."""
     model, tokens = session.model, _tokens(session.model)
     inputs = _whole(TOKENS - 1)
     last = torch.full_like(tokens[:, -1:], TOKENS - 1)
@@ -188,7 +190,7 @@ class _Probe:
         return v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
     def attention_outputs(self, outputs: Outputs) -> Outputs:
-        """What scores decide: other modules may make much of roundings (0.058 of 0.023 in SmolLM2)."""
+        """Select what scores decide: other modules may make much of roundings (0.058 of 0.023 in SmolLM2)."""
         return {name: values for name, values in outputs.items() if name in {*self.attending, "the logits"}}
 
     def check_layers(self, session: BoundModel) -> None:
@@ -203,7 +205,7 @@ class _Probe:
             )
 
     def shape(self, session: BoundModel) -> CacheShape:
-        """The cache's shape. Raises: Unsupported where a layer did not attend, or layers differ."""
+        """Return the cache's shape. Raises: Unsupported where a layer did not attend, or layers differ."""
         self.check_layers(session)
         first, *rest = self.shapes.values()
         odd = [shape for shape in rest if shape != first]
@@ -234,13 +236,13 @@ class _EchoCache(ShardedCache):
 
 
 def _tokens(model: PreTrainedModel) -> Tensor:
-    """Seven different tokens, without touching a random generator: (1, 7)."""
+    """Make seven different tokens, without touching a random generator: (1, 7)."""
     vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
     return (torch.arange(1, TOKENS + 1, device=model.device) * 7919 % max(vocabulary, 1))[None]
 
 
 def _far_positions(session: BoundModel) -> Tensor:
-    """Positions of the seven tokens, the last as far off as they get: (1, 7)."""
+    """Place the seven tokens, the last as far off as positions get: (1, 7)."""
     positions = torch.arange(TOKENS)
     positions[-1] = max(session.positions - 1, TOKENS - 1)
     return positions[None]
@@ -254,7 +256,7 @@ def _whole(length: int) -> dict[str, Tensor]:
 
 
 def _run(session: BoundModel, tokens: Tensor, **inputs: Any) -> Outputs:
-    """One forward pass: the logits and every module's output that has a row for each token, in order."""
+    """Run one forward pass, and return all outputs that have a row for each token, in order, the logits last."""
     inputs = {"use_cache": False, **inputs}
     inputs = {name: value for name, value in inputs.items() if has_argument(session.model, name)}
     inputs = {k: v.to(tokens.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}

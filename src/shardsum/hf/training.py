@@ -46,7 +46,7 @@ def training(
     positions: int | None = None,
     reproducible: bool = False,
 ) -> Iterator[Training]:
-    """A `Training` in which the model runs on sequences whose tokens are spread over the ranks.
+    """Open a `Training` in which the model runs on sequences whose tokens are spread over the ranks.
 
     Every rank holds the whole model, with the same weights, and an optimizer of its own. On entry a few forward
     passes over seven tokens find out whether tokens meet in softmax attention only; see `shardsum.hf.probe`.
@@ -108,7 +108,7 @@ class Training(BoundModel):
         num_items_in_batch: int | None = None,
         seed: int | None = None,
     ) -> Tensor:
-        """The mean cross-entropy of the labelled tokens of all ranks: what the model's own loss is in one process.
+        """Return the mean cross-entropy of the labelled tokens of all ranks: the model's own loss in one process.
 
         Labels are those of Transformers: the same tokens as input_ids, or -100; token t is compared with label
         t + 1, on whichever rank that lies.
@@ -161,7 +161,7 @@ class Training(BoundModel):
 
     @contextlib.contextmanager
     def run_batch(self, batch: Batch) -> Iterator[None]:
-        """Inside the block the model runs on this rank's tokens of `batch`."""
+        """Run the model on this rank's tokens of `batch` inside the block."""
         self.batch = batch
         try:
             yield
@@ -192,7 +192,7 @@ class Training(BoundModel):
         return batch, sequences.divisor(num_items_in_batch)
 
     def _logits(self, batch: Batch, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
-        """The logits of this rank's tokens: (batch, tokens, vocabulary)."""
+        """Compute the logits of this rank's tokens: (batch, tokens, vocabulary)."""
         own = batch.local(input_ids)
         if position_ids is None:
             position_ids = torch.arange(batch.length, device=input_ids.device)[None]
@@ -218,7 +218,7 @@ class Training(BoundModel):
         device: torch.device | str = "cpu",
         **_: object,
     ) -> BatchMask:
-        """The mask function: one mask for all layers of a kind, over the whole sequence.
+        """Make one mask for all layers of a kind, over the whole sequence; its arguments are Transformers'.
 
         Raises: ValueError where the model is called by itself.
         """
@@ -251,7 +251,7 @@ def _check_losses(model: PreTrainedModel) -> None:
 
 
 def _describe(bound: Training) -> dict[str, Any]:
-    """What has to be the same on every rank."""
+    """Describe what has to be the same on every rank."""
     model, strategy = bound.model, as_strategy(bound.execution.strategy)
     return {
         "model": type(model).__name__,
@@ -270,7 +270,7 @@ def _batch_on_one_rank(execution: Execution, length: int) -> Batch:
 
 @contextlib.contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode inside the block."""
+    """Put every module into evaluation mode inside the block."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
