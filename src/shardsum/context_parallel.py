@@ -36,12 +36,12 @@ def context_parallel(
     ...     F.scaled_dot_product_attention(q, q, q, is_causal=True)[0, 0, 0]
     tensor([1., 0.])
     """
-    with _Mode(as_communicator(comm), layout, strategy):
+    with _AttentionMode(as_communicator(comm), layout, strategy):
         yield
 
 
-class _Mode(TorchFunctionMode):
-    """A torch function mode belongs to one thread, and sees calls before they are dispatched."""
+class _AttentionMode(TorchFunctionMode):
+    """A mode over torch's functions, which belongs to one thread and sees calls before they are dispatched."""
 
     def __init__(self, comm: Communicator, layout: str | Layout, strategy: str | Strategy) -> None:
         super().__init__()
@@ -57,11 +57,11 @@ class _Mode(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         with mistakes_reach_all(self.comm):
-            tensors, options = _translated(*args, **(kwargs or {}))
+            tensors, options = _translate(*args, **(kwargs or {}))
         return attention(*tensors, comm=self.comm, layout=self.layout, strategy=self.strategy, **options)
 
 
-def _translated(
+def _translate(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -71,7 +71,7 @@ def _translated(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
-    """Torch's call as arguments of `attention`."""
+    """Turn torch's arguments into those of `attention`."""
     if attn_mask is not None:
         raise Unsupported(
             "attn_mask is not supported inside context_parallel: rows and keys lie on all ranks. Use "

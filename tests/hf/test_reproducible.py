@@ -96,7 +96,7 @@ def test_bfloat16() -> None:
 def test_without_tiles_bits_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reproducible attention alone does not do it: the ranks run other numbers of tokens."""
     model = long("Llama")
-    monkeypatch.setattr(binding, "tiled", lambda model: contextlib.nullcontext())
+    monkeypatch.setattr(binding, "run_in_tiles", lambda model: contextlib.nullcontext())
     found = [digests(on_ranks(model, prompt(TOKENS), ranks, reproducible=True)) for ranks in (1, 2, 3)]
     assert len(set.union(*found)) > 1
 

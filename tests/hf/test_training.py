@@ -58,14 +58,14 @@ def gradients(model: Any) -> dict[str, Tensor | None]:
 
 
 def on_ranks(
-    model: Any, ranks: int, ids: Tensor, labels: Tensor, ways: dict[str, Any], **arguments: Any
+    model: Any, ranks: int, ids: Tensor, labels: Tensor, execution: dict[str, Any], **arguments: Any
 ) -> list[dict[str, Tensor | None]]:
     """Loss and summed gradients on each rank; every rank has a model of its own."""
     models = [copy.deepcopy(model) for _ in range(ranks)]
 
     def run(comm: Any) -> dict[str, Tensor | None]:
         own = models[comm.rank]
-        with training(own, comm, **ways) as sharded:
+        with training(own, comm, **execution) as sharded:
             loss = sharded.loss(ids, labels, **arguments)
             loss.backward()
             sharded.sum_gradients()
@@ -113,13 +113,13 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("ways", WAYS, ids=str)
+@pytest.mark.parametrize("execution", WAYS, ids=str)
 @pytest.mark.parametrize("family", ["Llama", "GptOss"])
-def test_layouts_and_strategies(family: str, ways: dict[str, Any]) -> None:
+def test_layouts_and_strategies(family: str, execution: dict[str, Any]) -> None:
     """One of the weighted ranks has no token, and still takes part."""
     model, ids = tiny(family, **FAMILIES[family]).train(), prompt(23, 2)
     expected = alone(model, ids, labelled(ids))
-    assert_same(expected, on_ranks(model, 3, ids, labelled(ids), ways), torch.float32)
+    assert_same(expected, on_ranks(model, 3, ids, labelled(ids), execution), torch.float32)
 
 
 def test_more_ranks_than_tokens() -> None:

@@ -11,39 +11,36 @@ from torch.nn import functional as F
 
 from ..attention import attention
 from ..comm import Communicator
+from ..errors import Unsupported
 from ..kernels import Kernel
 from ..layouts import Layout
 from ..strategies import Strategy
 from ..tree import unit
-from .masks import IntervalMask, kept_range
-
-IGNORED = -100  # Transformers' label of a token that is not to be predicted
+from .bound_model import AttentionCall
+from .masks import IntervalMask, Padding
 
 
 @dataclass(frozen=True)
-class Ways:
-    """How attention over all ranks is done."""
+class Execution:
+    """How attention over all ranks is computed, whichever ranks these are."""
 
-    comm: Communicator
     layout: Layout
     strategy: str | Strategy
     kernel: str | Kernel
     reproducible: bool = False
-
-    def positions(self, length: int) -> Tensor:
-        """Which of so many tokens are this rank's."""
-        return self.layout.positions(length, self.comm.rank, self.comm.size, unit(self.reproducible))
 
 
 @dataclass(eq=False)
 class Batch:
     """What an attention call has to know of the whole sequences.
 
-    It travels with the mask, so that a layer which is computed again in the backward pass finds the same one.
+    It travels with the mask, so that a layer which is computed again in the backward pass finds the same one. For
+    that it keeps the communicator over which the step began; the next step's batch takes it from the model again.
     Shapes: rows (this rank's tokens,), their positions in the sequence; masking is arguments of `attention`.
     """
 
-    ways: Ways
+    comm: Communicator
+    execution: Execution
     length: int
     rows: Tensor
     masking: dict[str, Any]
@@ -52,69 +49,65 @@ class Batch:
     @classmethod
     def of(
         cls,
-        ways: Ways,
+        comm: Communicator,
+        execution: Execution,
         length: int,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         seed: int | None = None,
     ) -> Batch:
-        """The batch of these sequences. Raises: Unsupported where the mask has holes."""
-        rows = ways.positions(length)
-        kept = kept_range(attention_mask, length)
-        masking = {} if kept is None else {"key_range": kept}
+        """Cut sequences of `length` tokens. Raises: Unsupported where the mask has holes."""
+        rows = execution.layout.positions(length, comm.rank, comm.size, unit(execution.reproducible))
+        padding = Padding.of(attention_mask, length)
+        if padding.problem is not None:
+            raise Unsupported(padding.problem)
+        masking: dict[str, Any] = {}
+        if padding.start is not None:
+            masking["key_range"] = (padding.start, padding.end)
         # As Transformers does it: a mask says that the sequence is one document.
         if attention_mask is None and position_ids is not None:
-            masking |= _documents(position_ids.cpu(), rows)
-        return cls(ways, length, rows, masking, seed)
+            masking |= _document_masking(position_ids.cpu(), rows)
+        return cls(comm, execution, length, rows, masking, seed)
 
-    def own(self, x: Tensor) -> Tensor:
-        """This rank's columns of `x`, or the first where it has none: no model runs on zero tokens.
+    def local(self, x: Tensor) -> Tensor:
+        """Return this rank's columns of `x`, or the first where it has none: no model runs on zero tokens.
 
         Shapes: x (batch, length), the result (batch, this rank's tokens, at least 1).
         """
         rows = self.rows if len(self.rows) else torch.zeros(1, dtype=torch.int64)
         return x[:, rows.to(x.device)]
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        left: int | None,
-        scale: float | None,
-        dropout_p: float,
-        **scores: Any,
-    ) -> Tensor:
-        """The attention of this rank's queries over the keys of all ranks; a stand-in token gets zeros.
+    def attend(self, call: AttentionCall, dropout_p: float, **scores: Any) -> Tensor:
+        """Attend with this rank's queries over the keys of all ranks; a stand-in token gets zeros.
 
-        Shapes: q (batch, q_heads, tokens, head_dim), k, v (batch, kv_heads, tokens, head_dim or v_dim).
+        `scores` are further arguments of `attention`.
         """
-        count = len(self.rows)
+        count, left, execution = len(self.rows), call.mask.left, self.execution
+        layer: Any = getattr(call.module, "layer_idx", 0)
         out: Tensor = attention(
-            q[:, :, :count],
-            k[:, :, :count],
-            v[:, :, :count],
-            comm=self.ways.comm,
-            layout=self.ways.layout,
-            strategy=self.ways.strategy,
-            kernel=self.ways.kernel,
-            reproducible=self.ways.reproducible,
+            call.q[:, :, :count],
+            call.k[:, :, :count],
+            call.v[:, :, :count],
+            comm=self.comm,
+            layout=execution.layout,
+            strategy=execution.strategy,
+            kernel=execution.kernel,
+            reproducible=execution.reproducible,
             causal=True,
             window=None if left is None else (left, 0),
-            scale=scale,
+            scale=call.scale,
             dropout_p=dropout_p,
             seed=self._seed() + layer if dropout_p else None,
             **self.masking,
             **scores,
         )
-        return F.pad(out, (0, 0, 0, q.shape[2] - count))
+        return F.pad(out, (0, 0, 0, call.q.shape[2] - count))
 
     def _seed(self) -> int:
-        """The seed of the batch, drawn by rank 0 when it is first needed; each layer adds its number."""
+        """Return the batch's seed, drawn by rank 0 when it is first needed; each layer adds its number."""
         if self.seed is None:
             drawn = torch.randint(1 << 62, (1,))
-            self.seed = int(self.ways.comm.all_gather(drawn)[0])
+            self.seed = int(self.comm.all_gather(drawn)[0])
         return self.seed
 
 
@@ -125,13 +118,8 @@ class BatchMask(IntervalMask):
     batch: Batch | None = None
 
 
-def shifted(labels: Tensor) -> Tensor:
-    """At each token, the label of the next: the shift comes before tokens are dealt out to ranks."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-
-
-def _documents(position_ids: Tensor, rows: Tensor) -> dict[str, Any]:
-    """Packed documents as arguments of `attention`: one begins wherever positions do not go on by one.
+def _document_masking(position_ids: Tensor, rows: Tensor) -> dict[str, Any]:
+    """Describe packed documents by arguments of `attention`: one begins where positions do not go on by one.
 
     Shapes: position_ids (batch or 1, length), rows (this rank's tokens,).
     """

@@ -15,9 +15,10 @@ from transformers.modeling_utils import AttentionInterface
 from ..comm import Communicator, agree, connect, mistakes_reach_all
 from ..layouts import Layout, as_layout
 from ..tree import unit
+from .bound_model import BoundModel
 from .probe import probe
-from .session import Bound, Session
-from .tiles import tiled
+from .session import Session
+from .tiles import run_in_tiles
 
 # A model that names no limit is checked for sequences of up to this many tokens.
 DEFAULT_POSITIONS = 1 << 16
@@ -34,7 +35,7 @@ def sharded(
     positions: int | None = None,
     reproducible: bool = False,
 ) -> Iterator[Session]:
-    """A `Session` in which the model's attention runs over the keys and values of all ranks.
+    """Open a `Session` in which the model's attention runs over the keys and values of all ranks.
 
     On entry a few forward passes over seven tokens find out whether the model is one whose tokens meet in plain
     softmax attention only; see `shardsum.hf.probe`. `positions` is the longest sequence to expect, by default
@@ -49,21 +50,21 @@ def sharded(
     session = Session(model, comm, layout, 0, reproducible)
     with contextlib.ExitStack() as undo:
         with mistakes_reach_all(comm):
-            session.positions = longest(model, positions)
-            name = undo.enter_context(registered(session))
+            session.positions = longest_sequence(model, positions)
+            name = undo.enter_context(register(session))
             session.cache_shape = probe(session, name)
             if reproducible:  # raises where the layout cuts segments
                 layout.positions(0, comm.rank, comm.size, unit(reproducible))
         call = {"call": "hf.sharded", "model": type(model).__name__, "layout": str(layout)}
         agree(comm, call | {"reproducible": reproducible})
         if reproducible:
-            session.tiles = undo.enter_context(tiled(model))
+            session.tiles = undo.enter_context(run_in_tiles(model))
         yield session
 
 
 @contextlib.contextmanager
-def registered(session: Bound) -> Iterator[str]:
-    """The name under which the model can choose the session's attention; all is as before afterwards."""
+def register(session: BoundModel) -> Iterator[str]:
+    """Register the session's attention under the name returned; all is as before after the block."""
     chosen = [(config, config._attn_implementation) for config in _configs(session.model)]
     ids = {id(config) for config, _ in chosen}
     with _lock:
@@ -90,8 +91,8 @@ def registered(session: Bound) -> Iterator[str]:
             _in_use.difference_update(ids)
 
 
-def longest(model: PreTrainedModel, positions: int | None) -> int:
-    """The number of positions to expect: what was asked for, the model's limit, or a default.
+def longest_sequence(model: PreTrainedModel, positions: int | None) -> int:
+    """Return the number of positions to expect: what was asked for, the model's limit, or a default.
 
     Raises: ValueError where more are asked for than the model has.
     """
@@ -108,7 +109,7 @@ def longest(model: PreTrainedModel, positions: int | None) -> int:
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Every configuration in the model, those without a module of their own included."""
+    """Collect every configuration in the model, those without a module of their own included."""
     found: dict[int, PreTrainedConfig] = {}
     waiting: list[Any] = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     while waiting:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +17,8 @@ from .masks import IntervalMask
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a model caches: so many layers, each with the same heads."""
+class CacheShape:
+    """What a model caches: a number of layers, each with the same heads."""
 
     layers: int
     kv_heads: int
@@ -30,8 +29,8 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One forward pass over this rank's `local` of `total` new tokens.
+class LocalTokens:
+    """What one forward pass runs on: this rank's `local` of `total` new tokens.
 
     No model runs on zero tokens, so a rank without any runs on one stand-in, which goes no further than here.
     """
@@ -39,6 +38,16 @@ class Part:
     layout: Layout
     local: int
     total: int
+
+
+class CacheOwner(Protocol):
+    """What a cache belongs to."""
+
+    def check(self, cache: ShardedCache) -> None:
+        """Raises: ValueError where the cache may not be used any more."""
+
+    def announce(self, layer: int, cache: ShardedCache) -> None:
+        """Expect an attention call over the cache: Transformers does not hand it on."""
 
 
 class LayerLength(CacheLayerMixin):  # type: ignore[no-untyped-call]  # Transformers' own hook
@@ -59,8 +68,8 @@ class LayerLength(CacheLayerMixin):  # type: ignore[no-untyped-call]  # Transfor
         raise Unsupported("a layer of a sharded cache is updated through its cache: cache.update(k, v, layer).")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        part = self.cache.part
-        return self.length + (query_length if part is None else part.total), 0
+        tokens = self.cache.local_tokens
+        return self.length + (query_length if tokens is None else tokens.total), 0
 
     def get_seq_length(self) -> int:
         return self.length
@@ -70,23 +79,22 @@ class LayerLength(CacheLayerMixin):  # type: ignore[no-untyped-call]  # Transfor
 
 
 class ShardedCache(Cache):
-    """The keys and values of all tokens so far, spread over the ranks.
+    """The keys and values of all tokens so far, spread over the ranks of `comm`.
 
     `update` keeps this rank's part of the new tokens and returns them as they came; `attend` is what looks at
-    all of them. `part` is set while the forward pass runs on this rank's shard of the tokens. `announce` is told
-    of every update, so that the attention call that follows finds this cache: Transformers does not hand it on.
+    all of them. `local_tokens` is set while the forward pass runs on this rank's shard of the tokens.
     """
 
     def __init__(
         self,
+        owner: CacheOwner,
         comm: Communicator,
-        shape: Shape,
-        announce: Callable[[int, ShardedCache], None],
+        shape: CacheShape,
         reproducible: bool = False,
     ) -> None:
         self.lengths = [LayerLength(self) for _ in range(shape.layers)]
         super().__init__(layers=[*self.lengths])
-        self.announce = announce
+        self.owner = owner
         self.store = KVCache(
             comm=comm,
             layers=shape.layers,
@@ -97,12 +105,12 @@ class ShardedCache(Cache):
             device=shape.device,
             reproducible=reproducible,
         )
-        self.part: Part | None = None
+        self.local_tokens: LocalTokens | None = None
         self.batch = 0
 
     @property
     def bytes_held(self) -> int:
-        """How much of the keys and values lies on this rank."""
+        """How many bytes of the keys and values lie on this rank."""
         return self.store.bytes_held
 
     def update(
@@ -111,26 +119,27 @@ class ShardedCache(Cache):
         """Append the new tokens of one layer, and return them unchanged.
 
         Shapes: key_states (batch, kv_heads, new, head_dim), value_states (batch, kv_heads, new, v_dim); with
-        `part`, new is this rank's part, stand-in included.
-        Raises: ValueError after the session has been closed.
+        `local_tokens`, new is this rank's part, stand-in included.
+        Raises: ValueError where the session has been closed, or goes on over other ranks.
         """
-        self.announce(layer_idx, self)
         self.append(key_states, value_states, layer_idx)
+        self.owner.announce(layer_idx, self)
         return key_states, value_states
 
     def append(self, k: Tensor, v: Tensor, layer: int) -> None:
-        """`update` without an attention call to follow."""
-        if self.part is None:
+        """Append the new tokens of one layer, where no attention call of the model's is to follow."""
+        self.owner.check(self)
+        if self.local_tokens is None:
             self.store.append(layer, k, v)
             self.lengths[layer].length += k.shape[2]
         else:
-            mine = slice(self.part.local)
-            self.store.append(layer, k[:, :, mine], v[:, :, mine], layout=self.part.layout)
-            self.lengths[layer].length += self.part.total
+            mine = slice(self.local_tokens.local)
+            self.store.append(layer, k[:, :, mine], v[:, :, mine], layout=self.local_tokens.layout)
+            self.lengths[layer].length += self.local_tokens.total
         self.batch = k.shape[0]
 
     def attend(self, layer: int, q: Tensor, mask: IntervalMask, scale: float | None) -> Tensor:
-        """The attention of the new queries over all tokens so far.
+        """Attend with the new queries over all tokens so far.
 
         Shapes: q (batch, q_heads, new tokens on this rank, head_dim); the result has v_dim instead.
         """
@@ -141,12 +150,12 @@ class ShardedCache(Cache):
         if mask.left is not None:
             masking["window"] = (mask.left, 0)
         out: Tensor
-        if self.part is None:
+        if self.local_tokens is None:
             out = self.store.attend(layer, q, scale=scale, **masking)
             return out
-        mine, layout = q[:, :, : self.part.local], self.part.layout
+        mine, layout = q[:, :, : self.local_tokens.local], self.local_tokens.layout
         out = self.store.attend(layer, mine, scale=scale, q_replicated=False, layout=layout, **masking)
-        stand_ins = out.new_zeros(*out.shape[:2], q.shape[2] - self.part.local, out.shape[3])
+        stand_ins = out.new_zeros(*out.shape[:2], q.shape[2] - self.local_tokens.local, out.shape[3])
         return torch.cat([out, stand_ins], dim=2)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -154,11 +163,11 @@ class ShardedCache(Cache):
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows. Shapes: indices (new batch,)."""
+        """Keep these rows, in this order. Shapes: indices (new batch,)."""
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times, as beams need it."""
+        """Repeat every row `repeats` times, as beams need it."""
         if repeats > 1:
             self._select(torch.arange(self.batch).repeat_interleave(repeats))
 

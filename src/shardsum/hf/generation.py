@@ -15,9 +15,10 @@ from ..comm import Communicator, agree, mistakes_reach_all
 from ..errors import Unsupported
 from ..layouts import Layout
 from .binding import sharded
+from .bound_model import digest
 from .cache import ShardedCache
-from .masks import padding_start
-from .session import Session, digest
+from .masks import Padding
+from .session import Session
 
 _REFUSED = {
     "assistant_model": "assisted decoding",
@@ -39,7 +40,7 @@ def generate(
     reproducible: bool = False,
     **arguments: Any,
 ) -> Any:
-    """What `model.generate` returns, the same on every rank, with the KV cache spread over the ranks.
+    """Generate as `model.generate` does, the same on every rank, with the KV cache spread over the ranks.
 
     `arguments` are those of `model.generate`. All but the last prompt token are prefilled in shards, each rank
     running the model on its own; then all ranks decode together. Rank 0 chooses the tokens and decides when to
@@ -69,11 +70,11 @@ def _generate(session: Session, input_ids: Tensor, **arguments: Any) -> Any:
     loop = _Loop(session)
     model: Any = session.model  # its `generate` comes from a mixin that torch's Module hides from type checkers
     with mistakes_reach_all(session.comm):  # up to the agreement in `loop.decode`
-        return model.generate(input_ids, **_arranged(loop, input_ids, arguments))
+        return model.generate(input_ids, **_arrange(loop, input_ids, arguments))
 
 
-def _arranged(loop: _Loop, input_ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments for `model.generate` that make it decode by `loop`."""
+def _arrange(loop: _Loop, input_ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments for `model.generate` that make it decode by `loop`."""
     session = loop.session
     if input_ids.ndim != 2 or not input_ids.numel():
         raise ValueError(f"input_ids must be (batch, tokens), one token at least: got {tuple(input_ids.shape)}.")
@@ -82,9 +83,19 @@ def _arranged(loop: _Loop, input_ids: Tensor, arguments: dict[str, Any]) -> dict
             raise Unsupported(f"{what} ({name}) is not supported over sharded keys. Use sampling or beams.")
     cache = arguments.pop("past_key_values", None)
     cache = session.new_cache() if cache is None else cache
-    if not (isinstance(cache, ShardedCache) and session.owns(cache)):
+    if not (isinstance(cache, ShardedCache) and cache.owner is session):
         raise Unsupported(f"past_key_values must be this session's new_cache(): got {type(cache).__name__}.")
+    session.check(cache)
     # Transformers hands neither the streamer nor the tokenizer on to a decoding loop that is passed in.
+    criteria = _take_stopping_criteria(arguments)
+    streamer = arguments.pop("streamer", None)
+    loop.streamer = streamer if session.comm.rank == 0 else None
+    own = {"custom_generate": loop.decode, "stopping_criteria": criteria, "streamer": loop.streamer}
+    return {**arguments, **own, "past_key_values": cache}
+
+
+def _take_stopping_criteria(arguments: dict[str, Any]) -> StoppingCriteriaList:
+    """Take whatever stops generation out of the arguments. Raises: ValueError for strings without a tokenizer."""
     tokenizer, stop_strings = arguments.pop("tokenizer", None), arguments.pop("stop_strings", None)
     config = arguments.get("generation_config")
     if stop_strings is None and config is not None and config.stop_strings is not None:
@@ -95,10 +106,7 @@ def _arranged(loop: _Loop, input_ids: Tensor, arguments: dict[str, Any]) -> dict
         if tokenizer is None:
             raise ValueError("stop_strings needs the tokenizer: pass tokenizer=... too.")
         criteria.append(StopStringCriteria(tokenizer, stop_strings))
-    streamer = arguments.pop("streamer", None)
-    loop.streamer = streamer if session.comm.rank == 0 else None
-    own = {"custom_generate": loop.decode, "stopping_criteria": criteria, "streamer": loop.streamer}
-    return {**arguments, **own, "past_key_values": cache}
+    return criteria
 
 
 class _Loop:
@@ -120,18 +128,17 @@ class _Loop:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Any:
-        comm = self.session.comm
         if (problem := self._problem(generation_config, input_ids, model_kwargs)) is not None:
             raise problem
-        agree(comm, _call(input_ids, generation_config, model_kwargs))
+        agree(self.session.comm, _describe_call(input_ids, generation_config, model_kwargs))
         beams = generation_config.get_generation_mode() in _BEAMS
         self._prefill(input_ids, generation_config, model_kwargs)
-        stopping_criteria = _RankZeroDecides(stopping_criteria, comm)
+        stopping_criteria = _RankZeroCriteria(stopping_criteria, self.session)
         if beams:
-            logits_processor.append(_RankZeroScores(comm))
+            logits_processor.append(_RankZeroScores(self.session))
         else:
             model_kwargs["streamer"] = self.streamer
-        if comm.rank:
+        if self.session.comm.rank:
             # Only rank 0's draws count; ranks that are threads would draw from the same generator in between.
             generation_config.do_sample = False
         return getattr(type(model), "_beam_search" if beams else "_sample")(
@@ -144,7 +151,7 @@ class _Loop:
         )
 
     def _prefill(self, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-        """All tokens but the last into the cache, once for each prompt, then one copy for each beam."""
+        """Put all tokens but the last into the cache, once for each prompt, then one copy for each beam."""
         cache = model_kwargs["past_key_values"]
         copies = max(config.num_beams, config.num_return_sequences)
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
@@ -164,9 +171,11 @@ class _Loop:
     def _problem(
         self, config: GenerationConfig, input_ids: Tensor, model_kwargs: dict[str, Any]
     ) -> ValueError | None:
-        """What is wrong with the call, if anything."""
-        mode, cache = config.get_generation_mode(), model_kwargs["past_key_values"]
-        kind, length = type(self.session.model).__name__, input_ids.shape[1]
+        """Return what is wrong with the call, if anything, as the exception to raise."""
+        return self._problem_with_settings(config) or self._problem_with_prompt(config, input_ids, model_kwargs)
+
+    def _problem_with_settings(self, config: GenerationConfig) -> ValueError | None:
+        mode = config.get_generation_mode()
         if mode not in (*_SAMPLING, *_BEAMS):
             return Unsupported(f"{mode.value} is not supported over sharded keys. Use sampling or beam search.")
         if mode is GenerationMode.BEAM_SAMPLE and self.session.comm.size > 1:
@@ -179,45 +188,51 @@ class _Loop:
             return ValueError("a streamer can't follow beam search, whose tokens may change until the end.")
         if not config.use_cache:
             return Unsupported("use_cache=False: the sharded cache is where the ranks meet.")
-        if cache.get_seq_length() >= length:
+        return None
+
+    def _problem_with_prompt(
+        self, config: GenerationConfig, input_ids: Tensor, model_kwargs: dict[str, Any]
+    ) -> ValueError | None:
+        seen, length = model_kwargs["past_key_values"].get_seq_length(), input_ids.shape[1]
+        if seen >= length:
             return ValueError(
-                f"the cache holds {cache.get_seq_length()} tokens already, and input_ids, which starts with "
-                f"these, has {length}: at least one more is needed."
+                f"the cache holds {seen} tokens already, and input_ids, which starts with these, has {length}: "
+                "at least one more is needed."
             )
-        if cache.get_seq_length() and max(config.num_beams, config.num_return_sequences) > 1:
+        if seen and max(config.num_beams, config.num_return_sequences) > 1:
             return Unsupported("several sequences from one prompt need an empty cache.")
-        try:
-            start = padding_start(model_kwargs.get("attention_mask"), length)
-        except Unsupported as error:
-            return error
-        padding = 0 if start is None else int(start.min())
-        if config.max_length - padding > self.session.positions:
+        padding = Padding.of(model_kwargs.get("attention_mask"), length)
+        if (why_not := padding.why_not_left(length)) is not None:
+            return Unsupported(why_not)
+        padded = 0 if padding.start is None else int(padding.start.min())
+        if config.max_length - padded > self.session.positions:
             return ValueError(
-                f"{kind} was checked for {self.session.positions} positions: got a prompt of {length - padding} "
-                f"tokens and up to {config.max_length - length} new ones. Ask for fewer."
+                f"{type(self.session.model).__name__} was checked for {self.session.positions} positions: "
+                f"got a prompt of {length - padded} tokens and up to {config.max_length - length} new ones. "
+                "Ask for fewer."
             )
         return None
 
 
-class _RankZeroDecides(StoppingCriteriaList):
+class _RankZeroCriteria(StoppingCriteriaList):
     """Rank 0's new tokens and its decision to stop, on every rank; the other ranks' criteria are not asked.
 
     `_sample` calls the criteria with the very tensor that it goes on with, so the tokens are written into it.
     Traffic: two int64 for each row, from rank 0 to each other rank.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, comm: Communicator) -> None:
+    def __init__(self, criteria: StoppingCriteriaList, session: Session) -> None:
         super().__init__(criteria)
-        self.comm = comm
+        self.session = session
 
     def __call__(self, input_ids: Tensor, scores: Any, **arguments: Any) -> Tensor:
-        decision = torch.empty(0)
-        if self.comm.rank == 0:
+        comm, decision = self.session.comm, torch.empty(0)
+        if comm.rank == 0:
             stop: Tensor = super().__call__(input_ids, scores, **arguments)
-            if self.comm.size == 1:
+            if comm.size == 1:
                 return stop
             decision = torch.stack([input_ids[:, -1], stop.to(input_ids.dtype)])
-        decision = _from_rank_zero(self.comm, decision, (2, len(input_ids)), input_ids)
+        decision = _broadcast_from_rank_zero(comm, decision, (2, len(input_ids)), input_ids)
         input_ids[:, -1] = decision[0]
         return decision[1].bool()
 
@@ -225,26 +240,27 @@ class _RankZeroDecides(StoppingCriteriaList):
 class _RankZeroScores(LogitsProcessor):
     """Rank 0's scores on every rank: equal scores give equal beams. Traffic: the scores, from rank 0."""
 
-    def __init__(self, comm: Communicator) -> None:
-        self.comm = comm
+    def __init__(self, session: Session) -> None:
+        self.session = session
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores if self.comm.size == 1 else _from_rank_zero(self.comm, scores, scores.shape, scores)
+        comm = self.session.comm
+        return scores if comm.size == 1 else _broadcast_from_rank_zero(comm, scores, scores.shape, scores)
 
 
-def _from_rank_zero(comm: Communicator, part: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Rank 0's `part`, of that shape, with dtype and device of `like`; other ranks' is not looked at."""
+def _broadcast_from_rank_zero(comm: Communicator, part: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return rank 0's `part`, of that shape, with dtype and device of `like`; other ranks' is not looked at."""
     mine = part.to(like.dtype) if comm.rank == 0 else like.new_empty((0,))
     return comm.all_gather(mine, [tuple(shape), *[(0,)] * (comm.size - 1)])[0]
 
 
 def _prompts(positions: Tensor, copies: int) -> Tensor:
-    """One row for each prompt: positions are expanded with the prompts unless they have one row for all."""
+    """Select a row for each prompt: positions are expanded with the prompts unless they have one row for all."""
     return positions if positions.shape[0] == 1 else positions[::copies]
 
 
-def _call(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What has to be the same on every rank, tensors by their digest."""
+def _describe_call(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Describe what has to be the same on every rank, tensors by their digest."""
     # What a rank wants to be returned is its own affair.
     settings = {
         name: json.loads(json.dumps(value, default=str))
@@ -263,7 +279,7 @@ def _call(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, A
 def _requested_length(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, arguments: dict[str, Any]
 ) -> int | None:
-    """Prompt and new tokens together, where the call says how many; padding does not count."""
+    """Count prompt and new tokens together, where the call says how many; padding does not count."""
     config: Any = arguments.get("generation_config") or model.generation_config
     new, length = arguments.get("max_new_tokens", config.max_new_tokens), arguments.get("max_length")
     padded = input_ids.shape[-1]

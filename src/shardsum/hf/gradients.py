@@ -54,7 +54,7 @@ def _sum_bucket(comm: Communicator, bucket: Sequence[nn.Parameter]) -> None:
 
 
 def _buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> Iterator[list[nn.Parameter]]:
-    """Neighbours of one dtype and device, until they are more than `bucket_bytes` together."""
+    """Gather neighbours of one dtype and device, until they are more than `bucket_bytes` together."""
     bucket: list[nn.Parameter] = []
     size = 0
     for parameter in parameters:
@@ -73,7 +73,7 @@ def _elements(shape: Sequence[int]) -> int:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A hash of the XOR of each parameter's and buffer's bits: cheap, and other for other weights."""
+    """Hash the XOR of each parameter's and buffer's bits: cheap, and other for other weights."""
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     sums = [int(torch.hash_tensor(tensor.detach()).view(torch.int64)) for tensor in tensors if tensor.numel()]
     return hashlib.blake2b(repr(sums).encode(), digest_size=8).hexdigest()

@@ -37,11 +37,11 @@ _BROKEN_FILE = (
 )
 
 # Transformers' verbosity, progress bars and Python's warning filters are global: one thread at a time.
-_quiet_lock = threading.RLock()
+_silence_lock = threading.RLock()
 
 
 def load(path: str | os.PathLike[str], gguf_file: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
-    """(model, tokenizer) of a causal language model on this machine, ready to generate.
+    """Load (model, tokenizer) of a causal language model on this machine, ready to generate.
 
     `path` is a folder with config.json and safetensors, a GGUF file, or a folder with one (or `gguf_file` in
     it). Nothing is downloaded, no code from the model's folder is run and nothing is printed. A GGUF file is
@@ -52,18 +52,18 @@ def load(path: str | os.PathLike[str], gguf_file: str | None = None, dtype: torc
     """
     folder, gguf = _find(Path(path).expanduser(), gguf_file)
     if gguf is not None:
-        folder = _converted(gguf, dtype)
-    with quiet(), _one_line(path):
+        folder = _convert(gguf, dtype)
+    with silence(), _errors_in_one_line(path):
         return _from_folder(folder, dtype)
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Transformers prints nothing inside, whatever it would like to warn of; settings are put back."""
+def silence() -> Iterator[None]:
+    """Keep Transformers from printing inside the block, whatever it warns of; settings are put back."""
     from transformers import utils
 
     theirs: Any = utils.logging  # its functions have no types
-    with _quiet_lock, warnings.catch_warnings():
+    with _silence_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
         theirs.set_verbosity(logging.CRITICAL)
@@ -77,8 +77,8 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_line(path: object) -> Iterator[None]:
-    """Whatever a reader of files says, as one ValueError of one line."""
+def _errors_in_one_line(path: object) -> Iterator[None]:
+    """Raise whatever a reader of files raises inside the block as a ValueError of one line."""
     try:
         yield
     except Unsupported:
@@ -89,7 +89,7 @@ def _one_line(path: object) -> Iterator[None]:
 
 
 def _find(path: Path, gguf_file: str | None) -> tuple[Path, Path | None]:
-    """The model's folder, and the GGUF file if it is one."""
+    """Return the model's folder, and the GGUF file if it is one."""
     if not path.exists():
         raise ValueError(f"no such model: {path} does not exist. Only models on this machine are loaded.")
     if path.is_file():
@@ -141,8 +141,8 @@ def _check_causal(config: Any) -> None:
         raise ValueError(f"{kind} is not a causal language model.")
 
 
-def _converted(gguf: Path, dtype: torch.dtype) -> Path:
-    """A folder with the GGUF file's model as safetensors: made on the first call, then found again.
+def _convert(gguf: Path, dtype: torch.dtype) -> Path:
+    """Return a folder with the GGUF file's model as safetensors, made on the first call.
 
     Several processes and threads may ask at once: one converts, under a lock; the result appears whole.
     """
@@ -153,13 +153,13 @@ def _converted(gguf: Path, dtype: torch.dtype) -> Path:
     if target.is_dir():
         return target
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"), quiet():
+    with FileLock(f"{target}.lock"), silence():
         if target.is_dir():
             return target
         scratch = root / f".{target.name}-{uuid.uuid4().hex}"
         try:
             # Transformers' bar for this one can't be switched off; it writes to whatever stderr is.
-            with _one_line(gguf), contextlib.redirect_stderr(io.StringIO()):
+            with _errors_in_one_line(gguf), contextlib.redirect_stderr(io.StringIO()):
                 model, tokenizer = _from_folder(gguf.parent, dtype, gguf_file=gguf.name)
                 _forget_quantization(model)
                 model.save_pretrained(scratch)
@@ -173,7 +173,7 @@ def _converted(gguf: Path, dtype: torch.dtype) -> Path:
 
 
 def _identity(file: Path, dtype: torch.dtype) -> str:
-    """Which file it is: its size, time and both ends, and what is made of it."""
+    """Identify a file by its size, time and both ends, and what is made of it."""
     stat = file.stat()
     with file.open("rb") as stream:
         head = stream.read(_SAMPLE_BYTES)
@@ -184,7 +184,7 @@ def _identity(file: Path, dtype: torch.dtype) -> str:
 
 
 def _forget_quantization(model: Any) -> None:
-    """The weights are plain by now; `save_pretrained` would refuse them as those of a quantized model."""
+    """Mark the weights as the plain ones they are by now; `save_pretrained` refuses a quantized model's."""
     for owner, name in (
         (model, "hf_quantizer"),
         (model, "is_quantized"),

@@ -19,9 +19,12 @@ from ..errors import Unsupported
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _SAMPLED_ROWS = 16
 _SAMPLED_KEYS = 2048
-# Keyword arguments of an attention call that say nothing about scores, or are covered by the mask.
+# What a mask function raises that looks its answers up in a table, where this ends.
+NO_RULE = (IndexError, TypeError)
+# Keyword arguments of an attention call that say nothing about scores, or are looked at elsewhere.
 _HARMLESS = {
     "cache_position",
+    "dropout",
     "is_causal",
     "logits_to_keep",
     "max_length_k",
@@ -45,7 +48,7 @@ class IntervalMask:
 
     left: int | None = None
     start: Tensor | None = None
-    problem: Unsupported | None = None
+    problem: str | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -64,6 +67,48 @@ def _refuse_use(what: str) -> NoReturn:
     raise Unsupported(f"the model computes with its attention mask (it {what}), which changes what a token sees.")
 
 
+@dataclass(frozen=True, eq=False)
+class Padding:
+    """Which keys of each row are no padding: start .. end - 1; None where nothing is padded.
+
+    `problem` says why a mask is none that hides tokens at the ends of a row.
+    Shapes: start, end (batch,).
+    """
+
+    start: Tensor | None = None
+    end: Tensor | None = None
+    problem: str | None = None
+
+    @classmethod
+    def of(cls, attention_mask: Tensor | None, kv_length: int) -> Padding:
+        """Find the padding that Transformers' attention_mask of `kv_length` tokens marks by 0."""
+        if attention_mask is None:
+            return cls()
+        if attention_mask.ndim != 2 or attention_mask.shape[1] != kv_length:
+            got = tuple(attention_mask.shape)
+            return cls(
+                problem=f"attention_mask must be (batch, {kv_length}), one value for each token so far: got {got}."
+            )
+        visible = attention_mask.bool()
+        if bool(visible.all()):
+            return cls()
+        keys = torch.arange(kv_length, device=visible.device)
+        start = torch.where(visible, keys, kv_length).amin(dim=1)
+        end = start + visible.sum(dim=1)
+        if torch.equal(visible, (keys >= start[:, None]) & (keys < end[:, None])):
+            return cls(start, end)
+        return cls(problem="attention_mask may only hide tokens on the left or right of a row: got a hole.")
+
+    def why_not_left(self, kv_length: int) -> str | None:
+        """Say why there is something else than padding on the left; None where there isn't."""
+        if self.end is None or not bool((self.end < kv_length).any()):
+            return self.problem
+        return (
+            "attention_mask may only hide tokens on the left of a row: got padding on the right. "
+            "Pad on the left (tokenizer.padding_side = 'left')."
+        )
+
+
 def interval_mask(
     mask_function: MaskFunction,
     attention_mask: Tensor | None,
@@ -72,83 +117,42 @@ def interval_mask(
     kv_length: int,
     device: torch.device,
 ) -> IntervalMask:
-    """The interval mask of the queries at positions q_offset .. kv_length - 1.
+    """Derive the interval mask of the queries at positions q_offset .. kv_length - 1.
 
     Its `problem` is set where `mask_function` is not causal with at most a window, or padding is not on the left.
     """
-    try:
-        left = window_left(mask_function, batch, q_offset, kv_length, device)
-        return IntervalMask(left, padding_start(attention_mask, kv_length))
-    except Unsupported as problem:
-        return IntervalMask(problem=problem)
+    mask = _window_mask(mask_function, batch, q_offset, kv_length, device)
+    if mask.problem is not None:
+        return mask
+    padding = Padding.of(attention_mask, kv_length)
+    problem = padding.why_not_left(kv_length)
+    return IntervalMask(problem=problem) if problem else IntervalMask(mask.left, padding.start)
 
 
-def window_left(
+def _window_mask(
     mask_function: MaskFunction, batch: int, q_offset: int, kv_length: int, device: torch.device
-) -> int | None:
-    """How many keys before its own a query sees, 0 or more; None is all. It is checked in samples.
-
-    Raises: Unsupported where the mask is not causal with at most a window.
-    """
+) -> IntervalMask:
+    """Find how many keys before its own a query sees, 0 or more, or all; it is checked in samples."""
     if kv_length <= 0 or q_offset >= kv_length:
-        return None
-    last = torch.tensor([kv_length - 1], device=device)
-    first = _first_visible(mask_function, batch, last)
-    left = None if first == 0 else kv_length - 1 - first
-    rows, keys = _sample(q_offset, kv_length, left, device)
-    _compare(evaluate(mask_function, batch, rows, keys), left, rows, keys)
-    return left
+        return IntervalMask()
+    try:
+        first = _first_visible(mask_function, batch, torch.tensor([kv_length - 1], device=device))
+        left = None if first == 0 else kv_length - 1 - first
+        rows, keys = _sample(q_offset, kv_length, left, device)
+        visible = evaluate(mask_function, batch, rows, keys)
+    except NO_RULE as error:
+        return IntervalMask(problem=why_no_rule(error))
+    return IntervalMask(left, problem=_why_not_window(visible, left, rows, keys))
 
 
-def padding_start(attention_mask: Tensor | None, kv_length: int) -> Tensor | None:
-    """The first key of each row that is not padding; None where nothing is padded.
-
-    Raises: Unsupported for padding on the right, for holes, and for masks that are not (batch, kv_length).
-    """
-    kept = kept_range(attention_mask, kv_length)
-    if kept is None:
-        return None
-    start, end = kept
-    if bool((end < kv_length).any()):
-        raise Unsupported(
-            "attention_mask may only hide tokens on the left of a row: got padding on the right. "
-            "Pad on the left (tokenizer.padding_side = 'left')."
-        )
-    return start
-
-
-def kept_range(attention_mask: Tensor | None, kv_length: int) -> tuple[Tensor, Tensor] | None:
-    """(start, end), each (batch,): the keys of each row that are not padding; None where nothing is padded.
-
-    Raises: Unsupported for holes, and for masks that are not (batch, kv_length).
-    """
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim != 2 or attention_mask.shape[1] != kv_length:
-        raise Unsupported(
-            f"attention_mask must be (batch, {kv_length}), one value for each token so far: "
-            f"got {tuple(attention_mask.shape)}."
-        )
-    kept = attention_mask.bool()
-    if bool(kept.all()):
-        return None
-    keys = torch.arange(kv_length, device=kept.device)
-    start = torch.where(kept, keys, kv_length).amin(dim=1)
-    end = start + kept.sum(dim=1)
-    if not torch.equal(kept, (keys >= start[:, None]) & (keys < end[:, None])):
-        raise Unsupported("attention_mask may only hide tokens on the left or right of a row: got a hole.")
-    return start, end
-
-
-def checked_mask(
+def as_interval_mask(
     where: str,
     module: nn.Module,
     mask: object,
     scaling: object,
-    dropout: float,
-    options: dict[str, object],
+    options: dict[str, Any],
 ) -> IntervalMask:
-    """The mask of one attention call.
+    """Return the mask of one attention call, once nothing in the call says otherwise.
 
     Raises: Unsupported, naming the option, where the call's scores are another thing than scale * q.k.
     """
@@ -158,8 +162,8 @@ def checked_mask(
             "Transformers' masking_utils; only causal attention is supported."
         )
     if mask.problem is not None:
-        raise Unsupported(f"{where}: {mask.problem}") from mask.problem
-    if dropout:
+        raise Unsupported(f"{where}: {mask.problem}")
+    if dropout := options.get("dropout"):
         raise Unsupported(f"{where} drops out attention weights (dropout={dropout}): call model.eval().")
     if scaling is not None and not isinstance(scaling, (int, float)):
         raise Unsupported(
@@ -174,7 +178,7 @@ def checked_mask(
 
 
 def _first_visible(mask_function: MaskFunction, batch: int, row: Tensor) -> int:
-    """The first key that a row sees, supposing that what it sees is one interval; 0 where it sees none."""
+    """Find the first key that a row sees, supposing that it sees one interval; 0 where it sees none."""
     coarse = torch.linspace(0, int(row), _SAMPLED_KEYS, device=row.device).long()
     index = int(evaluate(mask_function, batch, row, coarse)[0, 0].int().argmax())
     if index == 0:
@@ -184,35 +188,42 @@ def _first_visible(mask_function: MaskFunction, batch: int, row: Tensor) -> int:
 
 
 def evaluate(mask_function: MaskFunction, batch: int, rows: Tensor, keys: Tensor) -> Tensor:
-    """What the mask lets the given rows see of the given keys: (batch, rows, keys), bool."""
+    """Return what the mask lets rows see of keys: (batch, rows, keys), bool.
+
+    Raises: one of NO_RULE for a mask that is a table, and shorter than that.
+    """
     sequence = torch.arange(batch, device=rows.device)[:, None, None]
     head = torch.zeros_like(sequence)
-    try:
-        visible = mask_function(sequence, head, rows[None, :, None], keys[None, None, :])
-    except (IndexError, TypeError) as error:
-        raise Unsupported(
-            f"the attention mask is not a rule for all positions but a table ({error}); only causal masks, "
-            "with or without a sliding window, are supported."
-        ) from error
+    visible = mask_function(sequence, head, rows[None, :, None], keys[None, None, :])
     return torch.as_tensor(visible, device=rows.device).bool().expand(batch, len(rows), len(keys))
 
 
-def _compare(visible: Tensor, left: int | None, rows: Tensor, keys: Tensor) -> None:
+def why_no_rule(error: Exception) -> str:
+    """Say what one of NO_RULE means."""
+    return (
+        f"the attention mask is not a rule for all positions but a table ({error}); only causal masks, "
+        "with or without a sliding window, are supported."
+    )
+
+
+def _why_not_window(visible: Tensor, left: int | None, rows: Tensor, keys: Tensor) -> str | None:
+    """Say where a mask is no causal window of `left` keys before each row's own; None where it is one."""
     distance = rows[:, None] - keys[None, :]
     expected = (distance >= 0) if left is None else (distance >= 0) & (distance <= left)
     wrong = (visible != expected).nonzero()
-    if len(wrong):
-        _, row, key = wrong[0].tolist()
-        sees = "sees" if visible[tuple(wrong[0])] else "does not see"
-        shape = "a causal mask" if left is None else f"a causal sliding window of {left + 1} tokens"
-        raise Unsupported(
-            f"the attention mask is not {shape}: position {int(rows[row])} {sees} key {int(keys[key])}. "
-            "Bidirectional, prefix, chunked and packed masks are not supported yet."
-        )
+    if not len(wrong):
+        return None
+    _, row, key = wrong[0].tolist()
+    sees = "sees" if visible[tuple(wrong[0])] else "does not see"
+    shape = "a causal mask" if left is None else f"a causal sliding window of {left + 1} tokens"
+    return (
+        f"the attention mask is not {shape}: position {int(rows[row])} {sees} key {int(keys[key])}. "
+        "Bidirectional, prefix, chunked and packed masks are not supported yet."
+    )
 
 
 def _sample(q_offset: int, kv_length: int, left: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows among the queries and keys among all, the edges of the expected interval included."""
+    """Choose rows among the queries and keys among all, the edges of the expected interval included."""
     if q_offset == kv_length - 1:
         rows = torch.tensor([q_offset], device=device)
         return rows, _sampled_keys(rows, kv_length, left)

@@ -18,73 +18,70 @@ The first module at which a comparison fails is named.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..comm import connect
 from ..errors import Unsupported
-from .cache import Part, Shape, ShardedCache
-from .loading import quiet
-from .masks import IntervalMask
-from .session import Bound, Session, takes
+from .bound_model import AttentionCall, BoundModel, has_argument
+from .cache import CacheShape, LocalTokens, ShardedCache
+from .loading import silence
+from .recording import Outputs, first_difference, record_outputs, select_rows
+from .session import Session
 
 TOKENS, CHANGED, SHARD = 7, 1, [0, 2, 3]
-# Rounding differs with the shape of a matrix product; relative to the largest element of a tensor. Transformers'
-# eager attention takes its softmax in float32 whatever the dtype.
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
-
-# What a module was given and returned, its output last.
-Outputs = dict[str, list[Tensor]]
 
 
-def probe(session: Session, name: str) -> Shape:
-    """The shape of the model's cache. `name` is under which the session is registered; it is in use afterwards.
+def probe(session: Session, name: str) -> CacheShape:
+    """Put the questions to a model, and return the shape of its cache.
+
+    The session is registered as `name`, which the model uses afterwards.
 
     Raises: Unsupported, naming the module or option, for a model that can't be sharded without changing its
     results; ValueError for a model in training mode.
     """
     try:
-        with _asking(session, name) as (own, probing):
+        with _questions(session, name) as (own, probing):
             whole = _check_mixing(session)
             shape = probing.shape(session)
             _check_shard(session, whole, past_key_values=_EchoCache(session, shape))
             session.probe = None
-            _check_scores(session, shape, probing.of_attention(own))
+            _check_scores(session, shape, probing.attention_outputs(own))
     finally:
-        session.pending.clear()
+        session.updated.clear()
     return shape
 
 
-def probe_training(session: Bound, name: str, attending: contextlib.AbstractContextManager[object]) -> None:
+def probe_training(session: BoundModel, name: str, attending: contextlib.AbstractContextManager[object]) -> None:
     """Ask whether the model can be trained in shards: the same questions, without a cache.
 
     Inside `attending` the session's attention runs over TOKENS tokens that all lie on this rank.
     Raises: as `probe`.
     """
-    with _asking(session, name) as (own, probing):
+    with _questions(session, name) as (own, probing):
         whole = _check_mixing(session)
         probing.check_layers(session)
         _check_shard(session, whole)
         session.probe = None
         with attending:
             ours = _run(session, _tokens(session.model), **_whole(TOKENS))
-        _refuse_other_scores(_first_difference(session.model, probing.of_attention(own), ours))
+        _refuse_other_scores(first_difference(session.model, probing.attention_outputs(own), ours))
 
 
 @contextlib.contextmanager
-def _asking(session: Bound, name: str) -> Iterator[tuple[Outputs, _Probe]]:
-    """(what the model computes with its own attention, what stands in for it inside of the block)."""
+def _questions(session: BoundModel, name: str) -> Iterator[tuple[Outputs, _Probe]]:
+    """Return what the model computes with its own attention, and what stands in for that inside of the block."""
     model = session.model
     _check_kind(model)
     try:
         with torch.no_grad():
             own = _run(session, _tokens(model), **_whole(TOKENS))
-            with quiet():  # it warns where a model's attention can't be chosen; the probe finds out
+            with silence():  # it warns where a model's attention can't be chosen; the probe finds out
                 model.set_attn_implementation(name)
             session.probe = probing = _Probe(session)
             yield own, probing
@@ -104,14 +101,14 @@ def _check_kind(model: PreTrainedModel) -> None:
         raise ValueError(f"{kind} is in training mode: call model.eval() first.")
 
 
-def _check_mixing(session: Bound) -> Outputs:
-    """Question 1: what the model computes where attention mixes nothing."""
+def _check_mixing(session: BoundModel) -> Outputs:
+    """Put question 1, and return what the model computes where attention mixes nothing."""
     model, tokens = session.model, _tokens(session.model).repeat(2, 1)
     tokens[1, CHANGED] = tokens[0, -1]
     inputs = {"attention_mask": torch.ones_like(tokens), "position_ids": _far_positions(session).expand(2, -1)}
     whole = _run(session, tokens, **inputs)
     others = [t for t in range(TOKENS) if t != CHANGED]
-    mixer = _first_difference(model, _rows(whole, 0, others), _rows(whole, 1, others))
+    mixer = first_difference(model, select_rows(whole, 0, others), select_rows(whole, 1, others))
     if mixer is not None:
         raise Unsupported(
             f"{mixer} mixes tokens outside of Transformers' AttentionInterface (a convolution, a recurrence, a "
@@ -120,11 +117,11 @@ def _check_mixing(session: Bound) -> Outputs:
     return whole
 
 
-def _check_shard(session: Bound, whole: Outputs, **cache: ShardedCache) -> None:
-    """Questions 2 and 4: some of the tokens, going into the cache if there is one."""
+def _check_shard(session: BoundModel, whole: Outputs, **cache: ShardedCache) -> None:
+    """Put questions 2 and 4 by some of the tokens, going into the cache if there is one."""
     model, tokens = session.model, _tokens(session.model)[:, SHARD]
     for argument in ("position_ids", *cache):
-        if not takes(model, argument):
+        if not has_argument(model, argument):
             raise Unsupported(
                 f"{type(model).__name__} takes no {argument}, so a rank can't run it on its share of the tokens."
             )
@@ -132,10 +129,10 @@ def _check_shard(session: Bound, whole: Outputs, **cache: ShardedCache) -> None:
     if cache:
         seen[0, 0] = 0
     for each in cache.values():
-        each.part = Part(session.layout, local=len(SHARD), total=TOKENS)
+        each.local_tokens = LocalTokens(session.layout, local=len(SHARD), total=TOKENS)
     inputs = {"attention_mask": seen, "position_ids": _far_positions(session)[:, SHARD]}
     part = _run(session, tokens, use_cache=bool(cache), **inputs, **cache)
-    shard_only = _first_difference(model, _rows(whole, 0, SHARD), _rows(part, 0, range(len(SHARD))))
+    shard_only = first_difference(model, select_rows(whole, 0, SHARD), select_rows(part, 0, range(len(SHARD))))
     if shard_only is not None:
         raise Unsupported(
             f"{shard_only} computes something else for a token when others are on another rank (its rotary "
@@ -143,15 +140,16 @@ def _check_shard(session: Bound, whole: Outputs, **cache: ShardedCache) -> None:
         )
 
 
-def _check_scores(session: Session, shape: Shape, own: Outputs) -> None:
-    """Question 3: the last token decoded over our cache on one rank, the others prefilled."""
+def _check_scores(session: Session, shape: CacheShape, own: Outputs) -> None:
+    """Put question 3: the last token is decoded over our cache on one rank, the others are prefilled."""
     model, tokens = session.model, _tokens(session.model)
-    cache = ShardedCache(connect("single"), shape, session.announce)
     inputs = _whole(TOKENS - 1)
-    _run(session, tokens[:, :-1], past_key_values=cache, use_cache=True, **inputs)
     last = torch.full_like(tokens[:, -1:], TOKENS - 1)
-    ours = _run(session, tokens[:, -1:], past_key_values=cache, position_ids=last, use_cache=True)
-    _refuse_other_scores(_first_difference(model, _rows(own, 0, [TOKENS - 1]), _rows(ours, 0, [0])))
+    with session.over(connect("single")):
+        cache = ShardedCache(session, session.comm, shape)
+        _run(session, tokens[:, :-1], past_key_values=cache, use_cache=True, **inputs)
+        ours = _run(session, tokens[:, -1:], past_key_values=cache, position_ids=last, use_cache=True)
+    _refuse_other_scores(first_difference(model, select_rows(own, 0, [TOKENS - 1]), select_rows(ours, 0, [0])))
 
 
 def _refuse_other_scores(wrong: str | None) -> None:
@@ -165,17 +163,16 @@ def _refuse_other_scores(wrong: str | None) -> None:
 class _Probe:
     """Stands in for attention: mixes nothing, and writes down what it was given."""
 
-    def __init__(self, session: Bound) -> None:
+    def __init__(self, session: BoundModel) -> None:
         self.session = session
-        self.shapes: dict[object, Shape] = {}
+        self.shapes: dict[object, CacheShape] = {}
         self.attending: set[str] = set()
         self.seen: Outputs = {}
         self.echo: _EchoCache | None = None
 
-    def attend(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | None
-    ) -> Tensor:
-        where, layer = self.session.describe(module), getattr(module, "layer_idx", None)
+    def attend(self, call: AttentionCall) -> Tensor:
+        q, k, v = call.q, call.k, call.v
+        where, layer = self.session.describe(call.module), getattr(call.module, "layer_idx", None)
         for what, states in (("queries", q), ("keys", k), ("values", v)):
             name = f"the {what} of {where}"
             if name in self.seen:
@@ -189,14 +186,14 @@ class _Probe:
         self.attending.add(where)
         if self.echo is not None:
             self.echo.check(where, layer, k, v)
-        self.shapes[layer] = Shape(0, k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device)
+        self.shapes[layer] = CacheShape(0, k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device)
         return v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
-    def of_attention(self, outputs: Outputs) -> Outputs:
-        """What scores decide: other modules may make much of roundings (0.058 of 0.023 in SmolLM2)."""
+    def attention_outputs(self, outputs: Outputs) -> Outputs:
+        """Select what scores decide: other modules may make much of roundings (0.058 of 0.023 in SmolLM2)."""
         return {name: values for name, values in outputs.items() if name in {*self.attending, "the logits"}}
 
-    def check_layers(self, session: Bound) -> None:
+    def check_layers(self, session: BoundModel) -> None:
         """Raises: Unsupported where a layer did not attend."""
         kind, layers = type(session.model).__name__, session.model.config.get_text_config(decoder=True)
         count = layers.num_hidden_layers
@@ -207,8 +204,8 @@ class _Probe:
                 "call the attention function; every layer must attend, numbered from 0 by layer_idx."
             )
 
-    def shape(self, session: Bound) -> Shape:
-        """The cache's shape. Raises: Unsupported where a layer did not attend, or layers differ."""
+    def shape(self, session: BoundModel) -> CacheShape:
+        """Return the cache's shape. Raises: Unsupported where a layer did not attend, or layers differ."""
         self.check_layers(session)
         first, *rest = self.shapes.values()
         odd = [shape for shape in rest if shape != first]
@@ -221,17 +218,17 @@ class _Probe:
 class _EchoCache(ShardedCache):
     """A cache that keeps nothing and checks that what is attended to is what it was given."""
 
-    def __init__(self, session: Session, shape: Shape) -> None:
-        super().__init__(connect("single"), shape, session.announce)
-        self.given: dict[object, tuple[Tensor, Tensor]] = {}
+    def __init__(self, session: Session, shape: CacheShape) -> None:
+        super().__init__(session, connect("single"), shape)
+        self.updates: dict[object, tuple[Tensor, Tensor]] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        self.given[layer_idx] = key_states, value_states
+        self.updates[layer_idx] = key_states, value_states
         return key_states, value_states
 
     def check(self, where: str, layer: object, k: Tensor, v: Tensor) -> None:
-        given = self.given.pop(layer, None)
-        if given is None or not (torch.equal(given[0], k) and torch.equal(given[1], v)):
+        update = self.updates.pop(layer, None)
+        if update is None or not (torch.equal(update[0], k) and torch.equal(update[1], v)):
             raise Unsupported(
                 f"{where} attends to other keys and values than it puts into the cache "
                 "(shared between layers, or changed afterwards), which is not supported."
@@ -239,13 +236,13 @@ class _EchoCache(ShardedCache):
 
 
 def _tokens(model: PreTrainedModel) -> Tensor:
-    """Seven different tokens, without touching a random generator: (1, 7)."""
+    """Make seven different tokens, without touching a random generator: (1, 7)."""
     vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
     return (torch.arange(1, TOKENS + 1, device=model.device) * 7919 % max(vocabulary, 1))[None]
 
 
-def _far_positions(session: Bound) -> Tensor:
-    """Positions of the seven tokens, the last as far off as they get: (1, 7)."""
+def _far_positions(session: BoundModel) -> Tensor:
+    """Place the seven tokens, the last as far off as positions get: (1, 7)."""
     positions = torch.arange(TOKENS)
     positions[-1] = max(session.positions - 1, TOKENS - 1)
     return positions[None]
@@ -258,56 +255,17 @@ def _whole(length: int) -> dict[str, Tensor]:
     }
 
 
-def _run(session: Bound, tokens: Tensor, **inputs: Any) -> Outputs:
-    """One forward pass: the logits and every module's output that has a row for each token, in order."""
+def _run(session: BoundModel, tokens: Tensor, **inputs: Any) -> Outputs:
+    """Run one forward pass, and return all outputs that have a row for each token, in order, the logits last."""
     inputs = {"use_cache": False, **inputs}
-    inputs = {name: value for name, value in inputs.items() if takes(session.model, name)}
+    inputs = {name: value for name, value in inputs.items() if has_argument(session.model, name)}
     inputs = {k: v.to(tokens.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     outputs: Outputs = {}
     probing = session.probe
     if isinstance(probing, _Probe):
         cache = inputs.get("past_key_values")
         probing.seen, probing.echo = outputs, cache if isinstance(cache, _EchoCache) else None
-    with quiet(), _recording(session, tokens.shape, outputs):
+    with silence(), record_outputs(session, tokens.shape, outputs):
         result = session.model(input_ids=tokens, **inputs)
     outputs["the logits"] = [result.logits]
     return outputs
-
-
-@contextlib.contextmanager
-def _recording(session: Bound, shape: torch.Size, outputs: Outputs) -> Iterator[None]:
-    def of_tokens(values: Iterable[object]) -> list[Tensor]:
-        tensors = [value for value in values if isinstance(value, Tensor)]
-        return [x.detach().clone() for x in tensors if x.ndim > 2 and x.shape[:2] == shape]
-
-    def record(module: nn.Module, args: Any, kwargs: dict[str, object], output: object) -> None:
-        result = of_tokens(output[:1] if isinstance(output, (tuple, list)) else [output])
-        if result:
-            given = of_tokens([*args, *kwargs.values()])
-            outputs.setdefault(session.describe(module), given + result)
-
-    handles = [module.register_forward_hook(record, with_kwargs=True) for module in session.model.modules()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _rows(outputs: Outputs, sequence: int, tokens: Sequence[int]) -> Outputs:
-    return {name: [x[sequence, list(tokens)] for x in values] for name, values in outputs.items()}
-
-
-def _first_difference(model: PreTrainedModel, expected: Outputs, actual: Outputs) -> str | None:
-    """The first module, in the order of computation, that was given the same and returned something else."""
-
-    def same(one: Tensor, other: Tensor) -> bool:
-        difference = (one.float() - other.float()).abs().max()
-        return bool(difference <= TOLERANCE.get(model.dtype, 1e-4) * one.float().abs().max())
-
-    for name, values in expected.items():
-        if name in actual:
-            *given, result = map(same, values, actual[name])
-            if all(given) and not result:
-                return name
-    return None

@@ -18,7 +18,7 @@ DRAWS_IN_PLACE = (Tensor.uniform_, Tensor.normal_, Tensor.bernoulli_, Tensor.exp
 
 
 class NoRandomNumbers(TorchFunctionMode):
-    """Inside the block, calls of this thread that draw random numbers are refused."""
+    """Refuses calls of this thread that draw random numbers inside the block."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

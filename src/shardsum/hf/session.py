@@ -1,65 +1,27 @@
-"""A model whose attention runs over all ranks: what Transformers calls, and what it finds."""
+"""A model for generation: its caches are spread over the ranks, and each rank prefills its own tokens."""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-from abc import ABC, abstractmethod
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..comm import Communicator
 from ..errors import Unsupported
 from ..layouts import Layout
 from ..tree import unit
-from .cache import Part, Shape, ShardedCache
-from .masks import IntervalMask, MaskFunction, checked_mask, interval_mask
-from .tiles import Call, Tiles
-
-# Masks are looked at up to this position; within a million, windows and chunks have long shown themselves.
-MASK_POSITIONS = 1 << 20
+from .bound_model import MASK_POSITIONS, AttentionCall, BoundModel, has_argument
+from .cache import CacheShape, LocalTokens, ShardedCache
+from .masks import IntervalMask, MaskFunction, interval_mask
+from .tiles import Tiles
 
 
-class Handler(Protocol):
-    """What runs in the place of one attention call: a session's cache, or the probe."""
-
-    def attend(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | None
-    ) -> Tensor: ...
-
-
-class Bound(ABC):
-    """One model bound to one communicator: what the functions that Transformers calls belong to.
-
-    - `positions`: the longest sequence that the model was checked for.
-    - `probe`: while the model is being checked, what stands in for its attention.
-    """
-
-    def __init__(self, model: PreTrainedModel, comm: Communicator, layout: Layout, positions: int) -> None:
-        self.model, self.comm, self.layout, self.positions = model, comm, layout, positions
-        self.names = {module: name for name, module in model.named_modules()}
-        self.probe: Handler | None = None
-        self.open = True
-
-    @abstractmethod
-    def attention(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: object) -> object:
-        """The attention function, with Transformers' further arguments."""
-
-    @abstractmethod
-    def mask(self, batch_size: int, mask_function: MaskFunction) -> IntervalMask:
-        """The mask function, with Transformers' further arguments."""
-
-    def describe(self, module: nn.Module) -> str:
-        """The module's place in the model, and its class."""
-        return f"{self.names.get(module, 'a module')} ({type(module).__name__})"
-
-
-class Session(Bound):
+class Session(BoundModel):
     """One model bound to one communicator; `sharded` makes it.
 
+    - `comm`: the communicator, which may be replaced between two calls; see `BoundModel`.
     - `positions`: the longest sequence that the model was checked for.
     - `reproducible`: whether logits have the same bits on any number of ranks; the model runs in `tiles` then.
     - `new_cache()`: an empty KV cache, spread over the ranks.
@@ -77,27 +39,31 @@ class Session(Bound):
         super().__init__(model, comm, layout, positions)
         self.reproducible = reproducible
         self.tiles: Tiles | None = None
-        self.cache_shape: Shape | None = None
+        self.cache_shape: CacheShape | None = None
         # By layer, the cache that was updated last: the attention call that follows is over it.
-        self.pending: dict[int, ShardedCache] = {}
+        self.updated: dict[int, ShardedCache] = {}
 
     def new_cache(self) -> ShardedCache:
-        """An empty cache for this model. It may be used as long as the session is open."""
+        """Make an empty cache for this model. It may be used as long as the session is open."""
         assert self.cache_shape is not None, "sharded() finds the shape before it hands a session out"
-        return ShardedCache(self.comm, self.cache_shape, self.announce, self.reproducible)
+        return ShardedCache(self, self.comm, self.cache_shape, self.reproducible)
 
-    def owns(self, cache: ShardedCache) -> bool:
-        """Whether the cache is one of this session's."""
-        return cache.announce == self.announce
-
-    def announce(self, layer: int, cache: ShardedCache) -> None:
-        """Expect an attention call over `cache`. Raises: ValueError after the session has been closed."""
+    def check(self, cache: ShardedCache) -> None:
+        """Raises: ValueError after the session has been closed, or where the cache is another group's."""
         if not self.open:
             raise ValueError(
                 "this cache belongs to a session that is closed; outside of it the model attends to the newest "
                 "tokens only. Use the cache inside of `with sharded(...)`."
             )
-        self.pending[layer] = cache
+        if cache.store.comm is not self.comm:
+            raise ValueError(
+                "this cache lies on the ranks of the communicator that the session had before. Put the tokens "
+                "into a new one: session.new_cache()."
+            )
+
+    def announce(self, layer: int, cache: ShardedCache) -> None:
+        """Expect an attention call over `cache`."""
+        self.updated[layer] = cache
 
     @torch.no_grad()
     def prefill(
@@ -118,82 +84,69 @@ class Session(Bound):
         if new == 0:
             return
         if position_ids is None:
-            kept = torch.ones_like(input_ids[:, :1]).expand(-1, seen + new)
-            kept = kept if attention_mask is None else attention_mask
-            position_ids = (kept.long().cumsum(1) - 1).clamp(min=0)[:, seen:]
-
+            position_ids = _count_positions(input_ids, seen, attention_mask)
         # A segment that has begun lies where it is: every rank runs the tokens that go into it.
-        begun = min(-seen % unit(self.reproducible), new)
-        if begun:
-            mask = None if attention_mask is None else attention_mask[:, : seen + begun]
-            self._run(cache, None, input_ids[:, :begun], mask, position_ids[:, :begun])
-        if new > begun:
-            mine = self.layout.positions(new - begun, self.comm.rank, self.comm.size, unit(self.reproducible))
-            part = Part(self.layout, local=len(mine), total=new - begun)
-            rows = begun + (mine if len(mine) else torch.zeros(1, dtype=torch.int64))
-            self._run(cache, part, input_ids[:, rows], attention_mask, position_ids[:, rows])
+        replicated = min(-seen % unit(self.reproducible), new)
+        if replicated:
+            mask = None if attention_mask is None else attention_mask[:, : seen + replicated]
+            self._run(cache, None, input_ids[:, :replicated], mask, position_ids[:, :replicated])
+        if new > replicated:
+            mine = self.layout.positions(new - replicated, self.comm.rank, self.comm.size, unit(self.reproducible))
+            local_tokens = LocalTokens(self.layout, local=len(mine), total=new - replicated)
+            rows = replicated + (mine if len(mine) else torch.zeros(1, dtype=torch.int64))
+            self._run(cache, local_tokens, input_ids[:, rows], attention_mask, position_ids[:, rows])
 
     def _run(
-        self, cache: ShardedCache, part: Part | None, ids: Tensor, mask: Tensor | None, positions: Tensor
+        self,
+        cache: ShardedCache,
+        local_tokens: LocalTokens | None,
+        ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
     ) -> None:
-        """Put these tokens into the cache; with `part`, they are this rank's of all."""
+        """Put these tokens into the cache; with `local_tokens`, they are this rank's of all."""
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        keep = {"logits_to_keep": 1} if takes(self.model, "logits_to_keep") else {}
-        cache.part = part
+        keep = {"logits_to_keep": 1} if has_argument(self.model, "logits_to_keep") else {}
+        cache.local_tokens = local_tokens
         try:
             self.model(**inputs, past_key_values=cache, use_cache=True, **keep)
         finally:
-            cache.part = None
+            cache.local_tokens = None
 
-    # What Transformers calls, under the registered name.
+    def attend(self, call: AttentionCall, options: dict[str, Any]) -> Tensor:
+        """Attend over the cache that this layer updated, or together with the other tiles.
 
-    def attention(
-        self,
-        module: nn.Module,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attention_mask: object,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        **options: object,
-    ) -> tuple[Tensor, None]:
-        """The attention function: (out in (batch, length, heads, v_dim), no weights)."""
-        where = self.describe(module)
-        mask = checked_mask(where, module, attention_mask, scaling, dropout, options)
-        layer: Any = getattr(module, "layer_idx", None)
-        tile = None if self.tiles is None else self.tiles.attend
-        if self.probe is not None:
-            out = self.probe.attend(module, q, k, v, mask, scaling)
-        elif tile is not None:
-            out = tile(Call(module, q, k, v, mask, scaling))
-        else:
-            cache = self.pending.pop(layer, None)
-            if cache is None:
-                raise Unsupported(
-                    f"{where} attends without a sharded cache: pass past_key_values=session.new_cache()."
-                )
-            out = cache.attend(layer, q, mask, scaling)
-        return out.transpose(1, 2).contiguous(), None
+        Raises: Unsupported where there is no cache.
+        """
+        attend_in_tile = None if self.tiles is None else self.tiles.attend
+        if attend_in_tile is not None:
+            return attend_in_tile(call)
+        layer: Any = getattr(call.module, "layer_idx", None)
+        cache = self.updated.pop(layer, None)
+        if cache is None:
+            raise Unsupported(
+                f"{self.describe(call.module)} attends without a sharded cache: "
+                "pass past_key_values=session.new_cache()."
+            )
+        return cache.attend(layer, call.q, call.mask, call.scale)
 
     def mask(
         self,
         batch_size: int,
         mask_function: MaskFunction,
         attention_mask: Tensor | None = None,
-        q_length: int = 0,
         kv_length: int = 0,
         q_offset: int = 0,
         kv_offset: int = 0,
         device: torch.device | str = "cpu",
         **_: object,
     ) -> IntervalMask:
-        """The mask function: one `IntervalMask` for all layers of a kind.
+        """Make one `IntervalMask` for all layers of a kind; its arguments are Transformers'.
 
         Raises: ValueError where the sequence gets longer than `positions`.
         """
         # A forward pass begins with its masks: what one that failed has left behind is forgotten.
-        self.pending.clear()
+        self.updated.clear()
         device = torch.device(device)
         assert kv_offset == 0, "a sharded cache drops no keys"
         if self.probe is not None:
@@ -211,14 +164,8 @@ class Session(Bound):
         return mask
 
 
-def takes(model: PreTrainedModel, argument: str) -> bool:
-    """Whether the model's forward has an argument of that name."""
-    return argument in inspect.signature(model.forward).parameters
-
-
-def digest(tensor: Tensor | None) -> str | None:
-    """The shape and a hash of whole numbers, for the agreement."""
-    if tensor is None:
-        return None
-    content = tensor.detach().cpu().to(torch.int64).contiguous().numpy().tobytes()
-    return f"{tuple(tensor.shape)} {hashlib.blake2b(content, digest_size=8).hexdigest()}"
+def _count_positions(input_ids: Tensor, seen: int, attention_mask: Tensor | None) -> Tensor:
+    """Number new tokens from the first of their row that is not padding: (batch, new)."""
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids[:, :1]).expand(-1, seen + input_ids.shape[1])
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, seen:]

@@ -13,27 +13,26 @@ are put together, and the ranks attend as ever. A tile waits inside of the model
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
-import contextvars
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import Unsupported
 from ..tree import SEGMENT
+from .bound_model import AttentionCall
 from .cache import ShardedCache
 from .masks import IntervalMask
+from .rendezvous import Attend, Rendezvous
 
 # From four rows on, MKL's and oneDNN's products give a row the same bits beside any others (docs/log.md,
 # 2026-11-25); eight rows of even length are whole vectors of 16 numbers.
@@ -42,103 +41,18 @@ _MOST_THREADS = 1 << 16  # as many as a prompt has segments; idle ones are used 
 _WHOLE = ("inputs_embeds", "labels", "output_attentions", "output_hidden_states")
 
 
-class Call(NamedTuple):
-    """What a tile's attention call was given. Shapes: q, k, v (1, heads, the tile's rows, head_dim or v_dim)."""
-
-    module: nn.Module
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: IntervalMask
-    scale: float | None
-
-
-class _Abandoned(BaseException):
-    """Ends a tile that waits for others which won't come; no `except Exception` of a model's keeps it."""
-
-
-class Meeting:
-    """Functions that run side by side and wait for each other in `attend`: of one thread each.
-
-    As many compute at a time as the caller has threads.
-    """
-
-    def __init__(self) -> None:
-        self._at_once = torch.get_num_threads()
-        self._turn = threading.Semaphore(self._at_once)
-        self._arrived: SimpleQueue[tuple[int, object]] = SimpleQueue()
-        self._answers: list[SimpleQueue[Tensor | None]] = []
-
-    def run(
-        self,
-        threads: ThreadPoolExecutor,
-        functions: Sequence[Callable[[Callable[[Call], Tensor]], Tensor]],
-        together: Callable[[list[Call]], Sequence[Tensor]],
-    ) -> list[Tensor]:
-        """What the functions return. Each gets `attend`; when all have called it, `together` answers them all.
-
-        Raises: what the first of the functions, or `together`, raises; the others are ended.
-        """
-        self._answers = [SimpleQueue() for _ in functions]
-        running = [
-            threads.submit(contextvars.copy_context().run, self._one, number, function)
-            for number, function in enumerate(functions)
-        ]
-        try:
-            while True:
-                arrived = dict(self._arrived.get() for _ in functions)
-                calls = [arrived[number] for number in range(len(functions))]
-                for error in calls:
-                    if isinstance(error, BaseException):
-                        raise error
-                if all(isinstance(result, Tensor) for result in calls):
-                    return calls  # type: ignore[return-value]
-                if len({getattr(call, "module", None) for call in calls}) > 1:
-                    raise Unsupported(
-                        "reproducible: the model attends in other layers for some tokens than for others."
-                    )
-                for answers, answer in zip(self._answers, together(calls), strict=True):  # type: ignore[arg-type]
-                    answers.put(answer)
-        finally:
-            for answers in self._answers:
-                answers.put(None)
-            concurrent.futures.wait(running)
-            torch.set_num_threads(self._at_once)  # a thread that starts later takes the number that was set last
-
-    def _one(self, number: int, function: Callable[[Callable[[Call], Tensor]], Tensor]) -> None:
-        torch.get_num_threads()  # a thread's first call about threads gives it the number that was set last
-        torch.set_num_threads(1)  # of this thread alone
-        with self._turn:
-            try:
-                result: object = function(functools.partial(self._attend, number))
-            except BaseException as error:  # noqa: BLE001 (raised again where all were started)
-                result = error
-        self._arrived.put((number, result))
-
-    def _attend(self, number: int, call: Call) -> Tensor:
-        self._turn.release()
-        try:
-            self._arrived.put((number, call))
-            answer = self._answers[number].get()
-        finally:
-            self._turn.acquire()
-        if answer is None:
-            raise _Abandoned
-        return answer
-
-
 class Tiles:
-    """One model's forward pass in tiles; `tiled` makes it."""
+    """One model's forward pass in tiles; `run_in_tiles` makes it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._kind, self._forward = type(model).__name__, model.forward
+        self._forward = model.forward
         self._threads = ThreadPoolExecutor(_MOST_THREADS, "tile")
-        self._here = threading.local()
+        self._thread = threading.local()
 
     @property
-    def attend(self) -> Callable[[Call], Tensor] | None:
-        """The attention of the tile that this thread runs; None on other threads."""
-        return getattr(self._here, "attend", None)
+    def attend(self) -> Attend | None:
+        """Return the attention of the tile that this thread runs; None on other threads."""
+        return getattr(self._thread, "attend", None)
 
     def close(self) -> None:
         self._threads.shutdown()
@@ -152,21 +66,18 @@ class Tiles:
         past_key_values: object = None,
         **others: Any,
     ) -> Any:
-        """What the model's forward returns, of it the logits and the cache; without a gradient.
+        """Return logits and cache as the model's own forward does, without a gradient.
 
-        Shapes: input_ids (batch, tokens): those of `past_key_values.part`, or replicated ones; attention_mask
-        (batch, cached + new); position_ids (batch or 1, tokens).
+        Shapes: input_ids (batch, tokens): those of `past_key_values.local_tokens`, or replicated ones;
+        attention_mask (batch, cached + new); position_ids (batch or 1, tokens).
         Raises: Unsupported where more is asked for than logits.
         """
-        given = {"attention_mask": attention_mask, "position_ids": position_ids, **others}
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **others}
         if input_ids is None or not isinstance(past_key_values, ShardedCache):
-            return self._forward(input_ids=input_ids, past_key_values=past_key_values, **given)
+            return self._forward(input_ids=input_ids, past_key_values=past_key_values, **inputs)
         keep = others.pop("logits_to_keep", None)
-        asked = [name for name in _WHOLE if others.get(name) is not None and others[name] is not False]
-        if asked or not isinstance(keep, (int, type(None))):
-            raise Unsupported(
-                f"reproducible: {asked[0] if asked else 'logits_to_keep as a tensor'} is not supported."
-            )
+        if (why_not := _why_not_in_tiles(keep, others)) is not None:
+            raise Unsupported(why_not)
         cache, (batch, count) = past_key_values, input_ids.shape
         if position_ids is None:
             position_ids = cache.get_seq_length() + torch.arange(count, device=input_ids.device)[None]
@@ -178,14 +89,15 @@ class Tiles:
                 input_ids[b : b + 1, span],
                 None if attention_mask is None else attention_mask[b : b + 1],
                 position_ids[b % len(position_ids)][None, span],
-                _View(cache, count),
+                _TileCache(cache, count),
                 keep,
                 others,
             )
             for b, span in places
         ]
-        found = Meeting().run(self._threads, functions, functools.partial(_together, cache, places))
-        rows = [torch.cat(found[b * len(spans) : (b + 1) * len(spans)], dim=1) for b in range(batch)]
+        answer = functools.partial(_attend_together, cache, places)
+        results = Rendezvous().run(self._threads, functions, answer)
+        rows = [torch.cat(results[b * len(spans) : (b + 1) * len(spans)], dim=1) for b in range(batch)]
         logits = torch.cat(rows)[:, -keep if keep else 0 :]
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
@@ -195,31 +107,31 @@ class Tiles:
         ids: Tensor,
         mask: Tensor | None,
         positions: Tensor,
-        cache: _View,
+        cache: _TileCache,
         keep: int | None,
         others: dict[str, Any],
-        attend: Callable[[Call], Tensor],
+        attend: Attend,
     ) -> Tensor:
-        """The logits of one tile, at least the last `keep`. The rows that fill it up stand before its own."""
+        """Compute one tile's logits, at least the last `keep`; what fills it up stands before its own rows."""
         count = ids.shape[1]
         filling = -count % ROWS
-        self._here.attend = functools.partial(_without, filling, attend)
+        self._thread.attend = functools.partial(_attend_without_filling, filling, attend)
         try:
             logits: Tensor = self._forward(
-                input_ids=_filled(ids, filling),
+                input_ids=_fill(ids, filling),
                 attention_mask=mask,
-                position_ids=_filled(positions, filling),
+                position_ids=_fill(positions, filling),
                 past_key_values=cache,
                 **others,
                 **({} if keep is None else {"logits_to_keep": keep + -keep % ROWS}),
             ).logits
         finally:
-            del self._here.attend
+            del self._thread.attend
         return logits[:, -min(count, logits.shape[1]) :]
 
 
-class _View(Cache):
-    """The cache as a tile sees it: lengths are those of all, and what a tile adds waits for its attention call."""
+class _TileCache(Cache):
+    """What a tile sees of a cache: lengths are those of all, and what it adds waits for its attention call."""
 
     def __init__(self, whole: ShardedCache, count: int) -> None:
         super().__init__(layers=[*whole.lengths])
@@ -233,8 +145,8 @@ class _View(Cache):
 
 
 @contextlib.contextmanager
-def tiled(model: PreTrainedModel) -> Iterator[Tiles]:
-    """The model's forward passes over a sharded cache run in tiles inside of the block."""
+def run_in_tiles(model: PreTrainedModel) -> Iterator[Tiles]:
+    """Run the model's forward passes over a sharded cache in tiles inside of the block."""
     tiles, own = Tiles(model), vars(model).get("forward")
 
     @functools.wraps(model.forward)
@@ -251,8 +163,18 @@ def tiled(model: PreTrainedModel) -> Iterator[Tiles]:
         tiles.close()
 
 
-def _together(cache: ShardedCache, places: list[tuple[int, slice]], calls: list[Call]) -> list[Tensor]:
-    """The attention of all tiles' tokens, cut up again."""
+def _why_not_in_tiles(keep: object, others: dict[str, Any]) -> str | None:
+    """Say which argument of a forward pass tiles can't honour; None where they can."""
+    asked = [name for name in _WHOLE if others.get(name) is not None and others[name] is not False]
+    if asked or not isinstance(keep, (int, type(None))):
+        return f"reproducible: {asked[0] if asked else 'logits_to_keep as a tensor'} is not supported."
+    return None
+
+
+def _attend_together(
+    cache: ShardedCache, places: list[tuple[int, slice]], calls: list[AttentionCall]
+) -> list[Tensor]:
+    """Attend with all tiles' tokens at once, and cut the result up again."""
     batch = places[-1][0] + 1
 
     def whole(parts: list[Tensor]) -> Tensor:
@@ -271,8 +193,8 @@ def _together(cache: ShardedCache, places: list[tuple[int, slice]], calls: list[
     return [out[b : b + 1, :, span] for b, span in places]
 
 
-def _without(filling: int, attend: Callable[[Call], Tensor], call: Call) -> Tensor:
-    """`attend` for a tile's own rows; those that fill it up get zeros."""
+def _attend_without_filling(filling: int, attend: Attend, call: AttentionCall) -> Tensor:
+    """Attend with a tile's own rows; those that fill it up get zeros."""
     q, k, v = (x[:, :, filling:] for x in (call.q, call.k, call.v))
     out = attend(call._replace(q=q, k=k, v=v))
     whole = out.new_zeros(*out.shape[:2], filling + out.shape[2], out.shape[3])
@@ -280,6 +202,6 @@ def _without(filling: int, attend: Callable[[Call], Tensor], call: Call) -> Tens
     return whole
 
 
-def _filled(x: Tensor, filling: int) -> Tensor:
-    """`x` behind copies of its first column, in memory of its own."""
+def _fill(x: Tensor, filling: int) -> Tensor:
+    """Put copies of the first column before `x`, in memory of its own."""
     return torch.cat([x[:, :1].expand(-1, filling), x], dim=1)

@@ -26,13 +26,14 @@ from ..layouts import Layout, as_layout
 from ..problem import state_dtype
 from ..sharding import sum_over_ranks
 from ..strategies import Strategy, as_strategy
-from .batch import IGNORED, Batch, BatchMask, Ways, shifted
-from .binding import longest, registered
+from .batch import Batch, BatchMask, Execution
+from .binding import longest_sequence, register
+from .bound_model import MASK_POSITIONS, AttentionCall, BoundModel, has_argument
 from .gradients import sum_gradients, weights_digest
-from .masks import MaskFunction, checked_mask, evaluate, interval_mask
+from .masks import NO_RULE, MaskFunction, evaluate, interval_mask, why_no_rule
 from .probe import TOKENS, probe_training
 from .randomness import NoRandomNumbers
-from .session import MASK_POSITIONS, Bound, digest, takes
+from .sequences import IGNORE_INDEX, Sequences
 
 
 @contextlib.contextmanager
@@ -45,7 +46,7 @@ def training(
     positions: int | None = None,
     reproducible: bool = False,
 ) -> Iterator[Training]:
-    """A `Training` in which the model runs on sequences whose tokens are spread over the ranks.
+    """Open a `Training` in which the model runs on sequences whose tokens are spread over the ranks.
 
     Every rank holds the whole model, with the same weights, and an optimizer of its own. On entry a few forward
     passes over seven tokens find out whether tokens meet in softmax attention only; see `shardsum.hf.probe`.
@@ -66,35 +67,37 @@ def training(
     session already, or more positions than it has; Mismatch where the ranks' models or arguments differ.
     """
     comm = as_communicator(comm)
-    ways = Ways(comm, as_layout(layout), strategy, kernel, reproducible)
-    bound = Training(model, ways, 0)
+    bound = Training(model, comm, Execution(as_layout(layout), strategy, kernel, reproducible), 0)
     with contextlib.ExitStack() as undo:
         with mistakes_reach_all(comm):
             _check_losses(model)
-            bound.positions = longest(model, positions)
-            name = undo.enter_context(registered(bound))
-            with _evaluating(model):
-                probe_training(bound, name, bound.running(Batch.of(_alone(ways), TOKENS)))
+            bound.positions = longest_sequence(model, positions)
+            name = undo.enter_context(register(bound))
+            with _evaluation_mode(model):
+                probe_training(bound, name, bound.run_batch(_batch_on_one_rank(bound.execution, TOKENS)))
                 bound.find_out_about_documents()
-            call = _description(bound)
+            call = _describe(bound)
         agree(comm, {"call": "hf.training", **call})
         yield bound
 
 
-class Training(Bound):
+class Training(BoundModel):
     """One model bound to one communicator for training; `training` makes it.
 
+    - `comm`: the communicator, which may be replaced between two steps; see `BoundModel`.
     - `loss(input_ids, labels)`: the loss of whole sequences, the same number on every rank.
     - `sum_gradients()`: the gradients of this loss, once it has been backpropagated.
     """
 
-    def __init__(self, model: PreTrainedModel, ways: Ways, positions: int) -> None:
-        super().__init__(model, ways.comm, ways.layout, positions)
-        self.ways = ways
+    computed_options = frozenset({"dropout", "softcap", "s_aux"})
+
+    def __init__(self, model: PreTrainedModel, comm: Communicator, execution: Execution, positions: int) -> None:
+        super().__init__(model, comm, execution.layout, positions)
+        self.execution = execution
         self.batch: Batch | None = None
         # Whether the model's masks keep packed documents apart, and the answers of each while that is found out.
-        self.documents_apart = True
-        self._apart: list[bool] | None = None
+        self.separates_documents = True
+        self._separations: list[bool] | None = None
 
     def loss(
         self,
@@ -105,7 +108,7 @@ class Training(Bound):
         num_items_in_batch: int | None = None,
         seed: int | None = None,
     ) -> Tensor:
-        """The mean cross-entropy of the labelled tokens of all ranks: what the model's own loss is in one process.
+        """Return the mean cross-entropy of the labelled tokens of all ranks: the model's own loss in one process.
 
         Labels are those of Transformers: the same tokens as input_ids, or -100; token t is compared with label
         t + 1, on whichever rank that lies.
@@ -129,25 +132,22 @@ class Training(Bound):
         longer than `positions`; Unsupported for holes in attention_mask, for random numbers drawn outside of
         attention in training mode, and where a strategy can't do it; Mismatch where the ranks' batches differ.
         """
+        sequences = Sequences(input_ids, labels, attention_mask, position_ids)
         with mistakes_reach_all(self.comm):
-            self._check(input_ids, labels, attention_mask, position_ids)
-            documents = position_ids if self.documents_apart else None
-            batch = Batch.of(self.ways, input_ids.shape[1], attention_mask, documents, seed)
-            divisor = _divisor(labels, num_items_in_batch)
+            batch, divisor = self._prepare(sequences, num_items_in_batch, seed)
         call: dict[str, Any] = {
             "call": "hf.training.loss",
             "mode": self.model.training,
             "divisor": divisor,
             "seed": seed,
         }
-        given: dict[str, Tensor | None] = {"input_ids": input_ids, "labels": labels}
-        given |= {"attention_mask": attention_mask, "position_ids": position_ids}
-        agree(self.comm, call | {name: digest(x) for name, x in given.items()})
+        agree(self.comm, call | sequences.digests())
         logits = self._logits(batch, input_ids, position_ids)
-        targets = batch.own(shifted(labels)) if len(batch.rows) else labels.new_full(logits.shape[:2], IGNORED)
+        targets = sequences.targets()
+        targets = batch.local(targets) if len(batch.rows) else labels.new_full(logits.shape[:2], IGNORE_INDEX)
         logits = logits.to(state_dtype(logits.dtype)).flatten(0, 1)
-        total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        return sum_over_ranks(total / divisor, self.comm, as_collective("auto"))
+        total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        return sum_over_ranks(total / divisor, batch.comm, as_collective("auto"))
 
     def sum_gradients(self) -> None:
         """Replace each parameter's gradient by its sum over the ranks: that of the whole loss, on every rank.
@@ -160,8 +160,8 @@ class Training(Bound):
         sum_gradients(self.comm, self.model.parameters())
 
     @contextlib.contextmanager
-    def running(self, batch: Batch) -> Iterator[None]:
-        """Inside the block the model runs on this rank's tokens of `batch`."""
+    def run_batch(self, batch: Batch) -> Iterator[None]:
+        """Run the model on this rank's tokens of `batch` inside the block."""
         self.batch = batch
         try:
             yield
@@ -171,80 +171,45 @@ class Training(Bound):
     @torch.no_grad()
     def find_out_about_documents(self) -> None:
         """Run the model on two tokens that are a document each: its masks say whether it keeps them apart."""
-        self._apart, zeros = [], torch.zeros(1, 2, dtype=torch.int64, device=self.model.device)
+        self._separations, zeros = [], torch.zeros(1, 2, dtype=torch.int64, device=self.model.device)
         try:
-            with self.running(Batch.of(_alone(self.ways), 2)):
+            with self.run_batch(_batch_on_one_rank(self.execution, 2)):
                 self.model(input_ids=zeros, position_ids=zeros, use_cache=False)
-            self.documents_apart = all(self._apart)
+            self.separates_documents = all(self._separations)
         finally:
-            self._apart = None
+            self._separations = None
 
-    def _check(
-        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-    ) -> None:
-        """Raises: ValueError where a tensor is not what `loss` asks for."""
+    def _prepare(
+        self, sequences: Sequences, num_items_in_batch: int | None, seed: int | None
+    ) -> tuple[Batch, int]:
+        """Return the batch, and what the sum of its token losses is divided by."""
         if not self.open:
             raise ValueError("this training session is closed. Use it inside of `with training(...)`.")
-        for name, given in (("input_ids", input_ids), ("labels", labels)):
-            if not isinstance(given, Tensor):
-                raise ValueError(f"{name} must be a torch tensor: got {type(given).__name__}.")
-        if input_ids.ndim != 2 or not input_ids.numel():
-            raise ValueError(f"input_ids must be (batch, tokens), one at least: got {tuple(input_ids.shape)}.")
-        whole = tuple(input_ids.shape)
-        for name, x in (("labels", labels), ("attention_mask", attention_mask)):
-            if x is not None and tuple(x.shape) != whole:
-                raise ValueError(f"{name} must be of input_ids' shape {whole}: got {tuple(x.shape)}.")
-        if position_ids is not None and tuple(position_ids.shape) not in (whole, (1, whole[1])):
-            raise ValueError(f"position_ids must be {whole} or (1, {whole[1]}): got {tuple(position_ids.shape)}.")
-        words = self.model.config.get_text_config(decoder=True).vocab_size
-        for name, x in (("input_ids", input_ids), ("labels", labels.masked_fill(labels == IGNORED, 0))):
-            if x.is_floating_point() or int(x.min()) < 0 or int(x.max()) >= words:
-                raise ValueError(f"{name} must be whole numbers from 0 to {words - 1}, labels also {IGNORED}.")
-        length = whole[1] if position_ids is None else int(position_ids.max()) + 1
-        if length > self.positions:
-            raise ValueError(
-                f"{type(self.model).__name__} was checked for {self.positions} positions: got {length}. "
-                "Shorten the sequence, or say positions=... to training()."
-            )
+        sequences.check(self.model, self.positions)
+        documents = sequences.position_ids if self.separates_documents else None
+        length = sequences.input_ids.shape[1]
+        batch = Batch.of(self.comm, self.execution, length, sequences.attention_mask, documents, seed)
+        return batch, sequences.divisor(num_items_in_batch)
 
     def _logits(self, batch: Batch, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
-        """The logits of this rank's tokens: (batch, tokens, vocabulary)."""
-        own = batch.own(input_ids)
+        """Compute the logits of this rank's tokens: (batch, tokens, vocabulary)."""
+        own = batch.local(input_ids)
         if position_ids is None:
             position_ids = torch.arange(batch.length, device=input_ids.device)[None]
         # With a mask of ones, Transformers does not take jumps from one chunk to the next for new documents.
         inputs = {"attention_mask": torch.ones_like(own), "use_cache": False}
-        inputs = {name: value for name, value in inputs.items() if takes(self.model, name)}
+        inputs = {name: value for name, value in inputs.items() if has_argument(self.model, name)}
         mode = NoRandomNumbers(self.model) if self.model.training else contextlib.nullcontext()
-        with self.running(batch), mode:
-            logits: Tensor = self.model(input_ids=own, position_ids=batch.own(position_ids), **inputs).logits
+        with self.run_batch(batch), mode:
+            logits: Tensor = self.model(input_ids=own, position_ids=batch.local(position_ids), **inputs).logits
         return logits
 
-    # What Transformers calls, under the registered name.
-
-    def attention(
-        self,
-        module: nn.Module,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attention_mask: object,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **options: object,
-    ) -> tuple[Tensor, None]:
-        """The attention function: (out in (batch, length, heads, v_dim), no weights)."""
-        mask = checked_mask(self.describe(module), module, attention_mask, scaling, 0.0, options)
-        if self.probe is not None:
-            out = self.probe.attend(module, q, k, v, mask, scaling)
-        else:
-            assert isinstance(mask, BatchMask)
-            assert mask.batch is not None
-            layer: Any = getattr(module, "layer_idx", 0)
-            out = mask.batch.attend(layer, q, k, v, mask.left, scaling, dropout, softcap=softcap, sinks=s_aux)
-        return out.transpose(1, 2).contiguous(), None
+    def attend(self, call: AttentionCall, options: dict[str, Any]) -> Tensor:
+        """Attend over the keys of the batch that the mask belongs to."""
+        assert isinstance(call.mask, BatchMask)
+        assert call.mask.batch is not None
+        scores = {"softcap": options.get("softcap"), "sinks": options.get("s_aux")}
+        return call.mask.batch.attend(call, options["dropout"], **scores)
 
     def mask(
         self,
@@ -253,31 +218,27 @@ class Training(Bound):
         device: torch.device | str = "cpu",
         **_: object,
     ) -> BatchMask:
-        """The mask function: one mask for all layers of a kind, over the whole sequence.
+        """Make one mask for all layers of a kind, over the whole sequence; its arguments are Transformers'.
 
         Raises: ValueError where the model is called by itself.
         """
         if self.probe is None and self.batch is None:
             raise ValueError("the model is bound to all ranks: call loss() of `training(...)`, not the model.")
-        if self._apart is not None:
-            second, first = (torch.tensor([token], device=device) for token in (1, 0))
-            self._apart.append(not evaluate(mask_function, batch_size, second, first).any())
+        if self._separations is not None:
+            self._separations.append(_separates_two(mask_function, batch_size, device))
             return BatchMask(batch=self.batch)
         length = min(self.positions, MASK_POSITIONS) if self.batch is None else self.batch.length
         found = interval_mask(mask_function, None, batch_size, 0, length, torch.device(device))
         return BatchMask(found.left, None, found.problem, self.batch)
 
 
-def _divisor(labels: Tensor, num_items_in_batch: int | None) -> int:
-    """What the sum of the token losses is divided by. Raises: ValueError where no token is labelled."""
-    labelled = int((shifted(labels) != IGNORED).sum())
-    divisor = labelled if num_items_in_batch is None else int(num_items_in_batch)
-    if divisor > 0:
-        return divisor
-    raise ValueError(
-        f"{labelled} of {labels.numel()} tokens are labelled (the first of a row never counts) and "
-        f"num_items_in_batch is {num_items_in_batch}: there is no mean."
-    )
+def _separates_two(mask_function: MaskFunction, batch_size: int, device: torch.device | str) -> bool:
+    """Whether the second of two tokens does not see the first. Raises: Unsupported for a mask that is no rule."""
+    second, first = (torch.tensor([token], device=device) for token in (1, 0))
+    try:
+        return not evaluate(mask_function, batch_size, second, first).any()
+    except NO_RULE as error:
+        raise Unsupported(why_no_rule(error)) from error
 
 
 def _check_losses(model: PreTrainedModel) -> None:
@@ -289,26 +250,27 @@ def _check_losses(model: PreTrainedModel) -> None:
         )
 
 
-def _description(bound: Training) -> dict[str, Any]:
-    """What has to be the same on every rank."""
-    model, strategy = bound.model, as_strategy(bound.ways.strategy)
+def _describe(bound: Training) -> dict[str, Any]:
+    """Describe what has to be the same on every rank."""
+    model, strategy = bound.model, as_strategy(bound.execution.strategy)
     return {
         "model": type(model).__name__,
         "layout": bound.layout.describe(),
         "strategy": "auto" if strategy is None else strategy.name,
-        "reproducible": bound.ways.reproducible,
+        "reproducible": bound.execution.reproducible,
         "weights": weights_digest(model) if bound.comm.size > 1 else None,
     }
 
 
-def _alone(ways: Ways) -> Ways:
-    """The same on one rank, where the model is checked: by a strategy and layout that fit any model."""
-    return Ways(connect("single"), Layout("contiguous"), "auto", ways.kernel, ways.reproducible)
+def _batch_on_one_rank(execution: Execution, length: int) -> Batch:
+    """Make a batch for checking the model, by a strategy and layout that fit any model."""
+    own = Execution(Layout("contiguous"), "auto", execution.kernel, execution.reproducible)
+    return Batch.of(connect("single"), own, length)
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode inside the block."""
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode inside the block."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,0 +1,117 @@
+"""A model bound to a communicator: what Transformers calls in place of its own attention and masks."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..comm import Communicator
+from ..layouts import Layout
+from .masks import IntervalMask, MaskFunction, as_interval_mask
+
+# Masks are looked at up to this position; within a million, windows and chunks have long shown themselves.
+MASK_POSITIONS = 1 << 20
+
+
+class AttentionCall(NamedTuple):
+    """One layer's attention over some tokens.
+
+    Shapes: q, k, v (batch, heads, tokens, head_dim or v_dim).
+    """
+
+    module: nn.Module
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: IntervalMask
+    scale: float | None
+
+
+class AttentionSubstitute(Protocol):
+    """What runs in the place of attention while a model is checked."""
+
+    def attend(self, call: AttentionCall) -> Tensor: ...
+
+
+class BoundModel(ABC):
+    """One model bound to one communicator: what the functions that Transformers calls belong to.
+
+    - `comm`: the only place that keeps the communicator; whatever runs over the ranks takes it from here at each
+      use. Between two calls another may be put here, on each of its ranks; caches of the one before are refused.
+    - `positions`: the longest sequence that the model was checked for.
+    - `probe`: while the model is being checked, what stands in for its attention.
+    - `computed_options`: Transformers' options of an attention call that `attend` takes into account.
+    """
+
+    computed_options: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, model: PreTrainedModel, comm: Communicator, layout: Layout, positions: int) -> None:
+        self.model, self.comm, self.layout, self.positions = model, comm, layout, positions
+        self.names = {module: name for name, module in model.named_modules()}
+        self.probe: AttentionSubstitute | None = None
+        self.open = True
+
+    @abstractmethod
+    def attend(self, call: AttentionCall, options: dict[str, Any]) -> Tensor:
+        """Attend over the keys of all ranks. `options` are Transformers', among them all `computed_options`."""
+
+    @abstractmethod
+    def mask(self, batch_size: int, mask_function: MaskFunction) -> IntervalMask:
+        """Make the mask of all layers of one kind; Transformers passes further arguments."""
+
+    def attention(
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attention_mask: object,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        """Run one attention call of the model, and return (out, None) where Transformers wants weights too.
+
+        Shapes: q, k, v as in `AttentionCall`; out (batch, tokens, heads, v_dim).
+        Raises: Unsupported for options that `attend` does not take into account.
+        """
+        options["dropout"] = dropout
+        others = {name: value for name, value in options.items() if name not in self.computed_options}
+        mask = as_interval_mask(self.describe(module), module, attention_mask, scaling, others)
+        call = AttentionCall(module, q, k, v, mask, scaling)
+        out = self.attend(call, options) if self.probe is None else self.probe.attend(call)
+        return out.transpose(1, 2).contiguous(), None
+
+    def describe(self, module: nn.Module) -> str:
+        """Name the module by its place in the model, and its class."""
+        return f"{self.names.get(module, 'a module')} ({type(module).__name__})"
+
+    @contextlib.contextmanager
+    def over(self, comm: Communicator) -> Iterator[None]:
+        """Bind the model to another communicator inside the block."""
+        before, self.comm = self.comm, comm
+        try:
+            yield
+        finally:
+            self.comm = before
+
+
+def has_argument(model: PreTrainedModel, argument: str) -> bool:
+    """Whether the model's forward has an argument of that name."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def digest(tensor: Tensor | None) -> str | None:
+    """Describe whole numbers by their shape and a hash, for the agreement."""
+    if tensor is None:
+        return None
+    content = tensor.detach().cpu().to(torch.int64).contiguous().numpy().tobytes()
+    return f"{tuple(tensor.shape)} {hashlib.blake2b(content, digest_size=8).hexdigest()}"
