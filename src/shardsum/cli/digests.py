@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from ..attention import attention
 from ..comm import Communicator, connect
+from ..digests import digest_bits
 from ..errors import Unsupported
 from ..sharding import shard, unshard
 from ..strategies import STRATEGIES
@@ -53,15 +52,7 @@ def _digest(comm: Communicator, whole: list[Tensor], layout: str, strategy: str)
     inputs = [x.requires_grad_() for x in own]
     out = attention(*inputs, **place, strategy=strategy, causal=True)
     found = [out.detach(), *torch.autograd.grad(out, inputs, d_out)]
-    return digest(unshard(x, **place) for x in found)
-
-
-def digest(tensors: Iterable[Tensor]) -> str:
-    """Twelve hexadecimal digits that stand for the bits of these tensors, of any of numpy's dtypes."""
-    content = hashlib.sha256()
-    for x in tensors:
-        content.update(x.cpu().contiguous().numpy().tobytes())
-    return content.hexdigest()[:12]
+    return digest_bits(unshard(x, **place) for x in found)
 
 
 def digest_table(results: list[dict[str, Any]]) -> Table:

@@ -12,12 +12,13 @@ from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteriaList,
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
 from ..comm import Communicator, agree
+from ..digests import digest_indices
 from ..errors import Unsupported
 from ..layouts import Layout
 from .binding import sharded
 from .cache import ShardedCache
 from .masks import padding_start
-from .session import Session, digest
+from .session import Session
 
 _REFUSED = {
     "assistant_model": "assisted decoding",
@@ -257,8 +258,8 @@ def _call(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, A
     }
     return {
         "call": "hf.generate",
-        "input_ids": digest(input_ids),
-        "attention_mask": digest(model_kwargs.get("attention_mask")),
+        "input_ids": digest_indices(input_ids),
+        "attention_mask": digest_indices(model_kwargs.get("attention_mask")),
         "cached": model_kwargs["past_key_values"].get_seq_length(),
         **settings,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from abc import ABC, abstractmethod
 from typing import Any, Protocol
@@ -214,11 +213,3 @@ class Session(Bound):
 def takes(model: PreTrainedModel, argument: str) -> bool:
     """Whether the model's forward has an argument of that name."""
     return argument in inspect.signature(model.forward).parameters
-
-
-def digest(tensor: Tensor | None) -> str | None:
-    """The shape and a hash of whole numbers, for the agreement."""
-    if tensor is None:
-        return None
-    content = tensor.detach().cpu().to(torch.int64).contiguous().numpy().tobytes()
-    return f"{tuple(tensor.shape)} {hashlib.blake2b(content, digest_size=8).hexdigest()}"

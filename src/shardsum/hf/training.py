@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ..collectives import as_collective
 from ..comm import Communicator, agree, as_communicator, connect
+from ..digests import digest_indices
 from ..errors import Unsupported
 from ..kernels import Kernel
 from ..layouts import Layout, as_layout
@@ -32,7 +33,7 @@ from .gradients import sum_gradients, weights_digest
 from .masks import MaskFunction, checked_mask, evaluate, interval_mask
 from .probe import TOKENS, probe_training
 from .randomness import NoRandomNumbers
-from .session import MASK_POSITIONS, Bound, digest, takes
+from .session import MASK_POSITIONS, Bound, takes
 
 
 @contextlib.contextmanager
@@ -147,7 +148,7 @@ class Training(Bound):
         }
         given: dict[str, Tensor | None] = {"input_ids": input_ids, "labels": labels}
         given |= {"attention_mask": attention_mask, "position_ids": position_ids}
-        digests = {} if problem else {name: digest(x) for name, x in given.items()}
+        digests = {} if problem else {name: digest_indices(x) for name, x in given.items()}
         agree(self.comm, call | digests, error=problem)
         assert batch is not None, "agree() has raised what is wrong"
         logits = self._logits(batch, input_ids, position_ids)
