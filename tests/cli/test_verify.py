@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 from torch import Tensor
 
+from shardsum.cli import verify
 from shardsum.comm import Traffic
 from shardsum.state import AttentionState
 from shardsum.strategies import STRATEGIES, Call, Ring
 
 from .run import shardsum
-
-verify = importlib.import_module("shardsum.cli.verify")  # the package has a command of that name
 
 
 def test_all_is_right(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,11 @@ from ..attention import attention
 from ..comm import Communicator, connect
 from ..digests import digest_bits
 from ..errors import Unsupported
+from ..layouts import NAMES
 from ..sharding import shard, unshard
 from ..strategies import STRATEGIES
 
 Q_LEN, KV_LEN, Q_HEADS, KV_HEADS, HEAD_DIM, V_DIM = 600, 1100, 4, 2, 16, 24  # 3 segments of queries, 5 of keys
-LAYOUTS = ("contiguous", "zigzag", "striped")
 
 
 def check_digests(comm: Communicator) -> list[dict[str, Any]]:
@@ -32,9 +32,9 @@ def check_digests(comm: Communicator) -> list[dict[str, Any]]:
     ]
     device = "cuda" if comm.transport == "nccl" else "cpu"
     whole = [torch.randn(1, *size, generator=generator).to(device) for size in sizes]
-    alone = _digest(connect("single"), whole, "contiguous", "all_gather")
+    alone = _digest(connect("single"), whole, NAMES[0], "auto")
     found = []
-    for layout, strategy in itertools.product(LAYOUTS, STRATEGIES):
+    for layout, strategy in itertools.product(NAMES, STRATEGIES):
         try:
             found_here = _digest(comm, whole, layout, strategy)
         except Unsupported:  # too few heads for so many ranks; every rank finds so

@@ -16,7 +16,7 @@ from ..attention import attention
 from ..comm import Communicator, connect
 from ..comm.connect import mpi_installed
 from ..errors import Unsupported
-from ..layouts import Layout
+from ..layouts import NAMES, Layout
 from ..sharding import shard
 from ..strategies import STRATEGIES
 from .common import console, launchers_rank, on_ranks, print_json, progress, rank_options
@@ -38,7 +38,8 @@ MASKS: dict[str, dict[str, Any]] = {
     "document windows": {"window": (4, 1), "cu_seqlens": [0, 3, 3, 20, 43], "cu_seqlens_k": [0, 5, 6, 30, 61]},
     "earlier queries": {"causal": True, "q_start": [9, -4]},
 }
-LAYOUTS = ("contiguous", "zigzag", "striped", "weighted")
+WEIGHTED = "weighted"  # shares of 1, 2, 3, 1, ...
+LAYOUTS = (*NAMES, WEIGHTED)
 
 
 @click.command()
@@ -88,13 +89,15 @@ def check_all(comm: Communicator) -> dict[str, Any]:
     sizes = [(2, Q_HEADS, Q_LEN, HEAD_DIM), (2, KV_HEADS, KV_LEN, HEAD_DIM), (2, KV_HEADS, KV_LEN, V_DIM)]
     whole = [torch.randn(size, generator=generator, dtype=torch.float64).to(device) for size in sizes]
     expected = {
-        mask: attention(*whole, comm=connect("single"), kernel="reference", return_state=True, **options)
+        mask: attention(
+            *whole, comm=connect("single"), kernel=kernels.ReferenceKernel(), return_state=True, **options
+        )
         for mask, options in MASKS.items()
     }
     cases, errors = list(_cases()), []
     with progress(visible=comm.rank == 0) as bar:
         for strategy, name, mask, kernel, q_replicated in bar.track(cases, description=comm.transport):
-            layout = Layout.weighted([1 + rank % 3 for rank in range(comm.size)]) if name == "weighted" else name
+            layout = Layout.weighted([1 + rank % 3 for rank in range(comm.size)]) if name == WEIGHTED else name
             q, k, v = (shard(x.float(), comm=comm, layout=layout) for x in whole)
             try:
                 state = attention(
