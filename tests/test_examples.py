@@ -1,4 +1,4 @@
-"""Every example, and every Python block of the README, runs and prints what it says it prints."""
+"""Every example runs and prints what it says it prints."""
 
 from __future__ import annotations
 
@@ -6,14 +6,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-
-import shardsum
-
-from .hf.tiny import tiny
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -31,33 +25,6 @@ def test_example_prints_what_it_says(example: Path) -> None:
     _, arguments, output = re.split(r"# Output(?: with (.*))?:\n", example.read_text())
     expected = re.sub(r"^# ?", "", output, flags=re.MULTILINE)
     assert run(sys.executable, str(example), *(arguments or "").split()) == expected.strip()
-
-
-def test_the_readmes_example_prints_what_it_says(tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```\s*```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for number, (code, expected) in enumerate(blocks):
-        script = tmp_path / f"block_{number}.py"
-        script.write_text(code)
-        assert run(sys.executable, str(script)) == expected.strip()
-
-
-def test_the_readmes_fragments_run() -> None:
-    """The blocks that print nothing, with the names that the text around them takes for granted."""
-    fragments = re.findall(
-        r"```python\n((?:(?!```).)*)```\s*(?!```text)[^`\s]", (ROOT / "README.md").read_text(), re.DOTALL
-    )
-    model = tiny("Llama")
-    ids = torch.arange(2 * 96).view(2, 96) % 97
-    before = [weight.detach().clone() for weight in model.parameters()]
-    names: dict[str, Any] = {"shardsum": shardsum, "comm": shardsum.connect("single"), "model": model}
-    names |= {"batches": [(ids, ids)], "optimizer": torch.optim.SGD(model.parameters(), 0.1)}
-    names |= dict(zip("qkv", torch.randn(3, 1, 2, 600, 8), strict=True))
-    for fragment in fragments:
-        exec(fragment, names)
-    assert len(fragments) == 2
-    assert not all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
-    assert names["out"].shape == (1, 2, 600, 8)
 
 
 @pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardsum.errors import Unsupported
-from shardsum.kernels.pieces import pieces
 from shardsum.geometry import localized
+from shardsum.kernels.pieces import pieces
 from shardsum.masks import Bounds, Mask
 from shardsum.placement import Runs
 

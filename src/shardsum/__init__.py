@@ -1,10 +1,10 @@
 """Exact attention over keys and values that live on many machines, as one weighted sum."""
 
 from .attention import attention
-from .kv import KVCache
 from .comm import Communicator, connect, launch
 from .context_parallel import context_parallel
 from .errors import Mismatch, NonFiniteWarning, RankLost, Unsupported
+from .kv import KVCache
 from .layouts import Layout
 from .paged import decode_paged
 from .sharding import global_value, shard, unshard, weighted_sum

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import operator
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .collectives import Collective, as_collective
+from .digests import digest_numbers
 from .errors import Unsupported
 from .kernels import Kernel
 from .layouts import Layout, as_layout
@@ -92,8 +92,8 @@ class Arguments:
             "key_intervals": None if intervals is None else _interval_rows(intervals, sizes),
             "scale": "a tensor" if isinstance(self.scale, Tensor) else self.scale and float(self.scale),
             "softcap": self.softcap and float(self.softcap),
-            "alibi_slopes": _digest(self.slopes(sizes.dtype)),
-            "sinks": _digest(self.sinks),
+            "alibi_slopes": digest_numbers(self.slopes(sizes.dtype)),
+            "sinks": digest_numbers(self.sinks),
             "bias": None if self.bias is None else [*self.bias.shape[:2], self.bias.shape[3]],
             "dropout_p": float(self.dropout_p),
             "seed": None if self.seed is None else whole("seed", self.seed, 63),
@@ -296,10 +296,3 @@ def _ends(name: str, values: Indices | None) -> list[int] | None:
     if isinstance(ends, int):
         raise ValueError(f"{name} must be (documents + 1,): got {ends}.")
     return ends
-
-
-def _digest(values: Tensor | None) -> str | None:
-    if values is None:
-        return None
-    content = values.detach().double().cpu().contiguous().numpy().tobytes()
-    return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .arguments import Arguments, Indices, Window, autocast
-from .prepared import attend
 from .collectives import Collective
 from .comm import Communicator, as_communicator
 from .kernels import Kernel
 from .layouts import Layout
+from .prepared import attend
 from .rounding import error_bound
 from .strategies import Strategy
 
@@ -51,7 +51,7 @@ def attention(
     return_state: bool = False,
     return_bound: bool = False,
 ) -> Any:  # a Tensor, or an AttentionState if return_state; a union would burden every caller's type checker
-    """The attention of this rank's queries over the keys and values of all ranks.
+    """Compute the attention of this rank's queries over the keys and values of all ranks.
 
     Each rank passes its own shards, in layout order. Query t of a sequence stands at position
     t + kv_len - q_len, so the last query meets the last key, or at q_start + t.
@@ -59,7 +59,7 @@ def attention(
     - `comm`: a Communicator, a torch ProcessGroup or one-dimensional DeviceMesh; default `connect()`.
     - `layout`: "contiguous", "zigzag", "striped" or a `Layout` (`Layout.weighted`, `Layout.packed`): which
       positions each rank's shards hold; contiguous takes whatever lengths the ranks hold.
-    - `strategy`: "all_reduce", "all_gather", "ring", "pass_q" or "auto".
+    - `strategy`: "all_reduce", "all_gather", "ring", "pass_q", "ulysses", "hybrid" or "auto" (docs/choose.md).
     - `kernel`: "native", "aten", "eager", "reference" or "auto": native where it was built and tensors are on the
       CPU, else aten.
     - `collective`: how the states of replicated queries are merged over ranks, and their gradients summed:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .state import AttentionState, merge
 from .extension import TYPES, native_module
+from .state import AttentionState, merge
 
 # What is prepared for rows in memory, and done again and again with one state or another.
 OfState = Callable[[AttentionState], None]

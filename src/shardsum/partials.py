@@ -97,7 +97,9 @@ class Merged(Partial[T]):
         return Merged(self.monoid.combine(self.value, other.value), self.monoid)
 
     def put(self, items: Tensor, part: Merged[T]) -> Merged[T]:  # type: ignore[override]
-        value = self.monoid.to_numbers(self.value).index_add_(2, items.to(self.monoid.to_numbers(self.value).device), part.to_numbers(()))
+        value = self.monoid.to_numbers(self.value).index_add_(
+            2, items.to(self.monoid.to_numbers(self.value).device), part.to_numbers(())
+        )
         return Merged(self.monoid.from_numbers(value), self.monoid)
 
     def total(self) -> T:
@@ -136,7 +138,9 @@ class AlongTree(Partial[T]):
     def put(self, items: Tensor, part: AlongTree[T]) -> AlongTree[T]:  # type: ignore[override]
         nothing, monoid = self.monoid.to_numbers(self.forest.nothing), self.monoid
         spread = {
-            node: monoid.from_numbers(nothing.clone().index_copy_(2, items.to(nothing.device), monoid.to_numbers(x)))
+            node: monoid.from_numbers(
+                nothing.clone().index_copy_(2, items.to(nothing.device), monoid.to_numbers(x))
+            )
             for node, x in part.forest.nodes.items()
         }
         return self.union(AlongTree(self.forest.of(spread), monoid))

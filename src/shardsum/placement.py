@@ -98,11 +98,15 @@ class Runs:
 class Placement:
     """Which positions of one sequence each of `size` ranks holds in one call: a table of runs, in rank order."""
 
-    def __init__(self, size: int, rank: Numbers, start: Numbers, count: Numbers, step: Numbers | None = None) -> None:
+    def __init__(
+        self, size: int, rank: Numbers, start: Numbers, count: Numbers, step: Numbers | None = None
+    ) -> None:
         """A table whose rows are sorted by rank, then start; empty runs are left out, touching ones become one."""
         self.size = size
         self.rank, self.start, self.count, self.step = _joined(rank, start, count, step)
-        self.counts: Int[Tensor, " ranks"] = torch.zeros(size, dtype=torch.int64).index_add_(0, self.rank, self.count)
+        self.counts: Int[Tensor, " ranks"] = torch.zeros(size, dtype=torch.int64).index_add_(
+            0, self.rank, self.count
+        )
         self._runs: dict[int, Runs] = {}
 
     @classmethod
@@ -200,7 +204,9 @@ def check_whole_segments(runs: Runs | Placement, length: int) -> None:
         )
 
 
-def _joined(rank: Tensor, start: Tensor, count: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _joined(
+    rank: Tensor, start: Tensor, count: Tensor, step: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     step = torch.ones_like(count) if step is None else torch.where(count > 1, step, 1)
     kept = count > 0
     if not bool(kept.all()):

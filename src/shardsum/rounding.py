@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from .arguments import Arguments
-from .prepared import attend, scaled
 from .comm import Communicator
 from .errors import Unsupported
 from .kernels import Kernel, NativeKernel, as_kernel
+from .prepared import attend, scaled
 from .problem import state_dtype
 from .state import AttentionState
 from .tree import SEGMENT

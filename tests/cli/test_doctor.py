@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import sys
 
 import pytest
 import torch
 
+from shardsum.cli import doctor
 from shardsum.kernels import NativeKernel, as_kernel, compiled, why_not_native
 
 from .run import assert_refused, shardsum
@@ -26,9 +26,8 @@ def test_it_says_what_becomes_of_the_others_when_a_rank_of_mpi_dies(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "of your own pass it too" in shardsum(capsys, "doctor", "--json").json["mpi_lost_ranks"]
-    module = importlib.import_module("shardsum.cli.doctor")  # the package has a command of that name
     for found, words in (("true", "ends the whole job"), (None, "no mpiexec")):  # `true` is no Open MPI
-        monkeypatch.setattr(module, "find_mpiexec", lambda found=found: found)
+        monkeypatch.setattr(doctor, "find_mpiexec", lambda found=found: found)
         assert words in shardsum(capsys, "doctor", "--json").json["mpi_lost_ranks"]
 
 

@@ -87,7 +87,7 @@ def test_ranks_with_other_bits_are_a_failure(
     capsys: Capture, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbers = itertools.count()
-    monkeypatch.setattr(generation, "digest", lambda logits: f"{next(numbers):012}")
+    monkeypatch.setattr(generation, "digest_bits", lambda logits: f"{next(numbers):012}")
     done = shardsum(capsys, *command(folder, "--transport", "threads", "--no-alone", "--reproducible"))
     assert done.status == 1
     assert "differs between ranks" in done.out

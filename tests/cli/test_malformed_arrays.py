@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from shardsum.cli.arrays import open_array
+from shardsum.arrays import open_array
 
 from ..malformed import CAP_BYTES, EXTREMES, LATER, SOME, allocated, mutated
 

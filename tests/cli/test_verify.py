@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 
 import pytest
 from torch import Tensor
 
+from shardsum.cli import verify
 from shardsum.comm import Traffic
 from shardsum.problem import Problem
 from shardsum.state import AttentionState
@@ -14,10 +15,11 @@ from shardsum.strategies import STRATEGIES, Call, Ring
 
 from .run import shardsum
 
-verify = importlib.import_module("shardsum.cli.verify")  # the package has a command of that name
+Capture = pytest.CaptureFixture[str]
+Only = Callable[[str], None]
 
 
-def test_all_is_right(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_is_right(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     some = ("causal window", "documents", "earlier queries")  # tests/distributed has them all
     monkeypatch.setattr(verify, "MASKS", {name: verify.MASKS[name] for name in some})
     done = shardsum(capsys, "verify", "-n", 2, "--transport", "threads", "--json")
@@ -41,12 +43,20 @@ def test_all_is_right(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 
 @pytest.fixture
-def one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "MASKS", {"causal": verify.MASKS["causal"]})
+def only(monkeypatch: pytest.MonkeyPatch) -> Only:
+    """Leave one part of the report, which is to find the fault; what all parts find is shown above."""
+
+    def leave(part: str) -> None:
+        masks = {"causal": verify.MASKS["causal"]} if part == "errors" else {}
+        monkeypatch.setattr(verify, "MASKS", masks)
+        for check in {"check_traffic", "check_digests"} - {part}:
+            monkeypatch.setattr(verify, check, lambda comm: [])
+
+    return leave
 
 
-@pytest.mark.usefixtures("one_mask")
-def test_a_wrong_strategy_is_found(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_strategy_is_found(capsys: Capture, monkeypatch: pytest.MonkeyPatch, only: Only) -> None:
+    only("errors")
     right = Ring.forward
 
     def doubled(self: Ring, call: Call) -> AttentionState:
@@ -62,10 +72,10 @@ def test_a_wrong_strategy_is_found(capsys: pytest.CaptureFixture[str], monkeypat
     assert "strategy ring" in done.out
 
 
-@pytest.mark.usefixtures("one_mask")
 def test_traffic_that_was_not_declared_is_found(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, only: Only
 ) -> None:
+    only("check_traffic")
     right = Ring._traffic_backward
 
     def less(self: Ring, problem: Problem, rank: int) -> Traffic:
@@ -81,8 +91,8 @@ def test_traffic_that_was_not_declared_is_found(
     assert wrong == {"ring", "hybrid"}
 
 
-@pytest.mark.usefixtures("one_mask")
-def test_other_bits_are_found(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_bits_are_found(capsys: Capture, monkeypatch: pytest.MonkeyPatch, only: Only) -> None:
+    only("check_digests")
     right = Ring.forward
 
     def off(self: Ring, call: Call) -> AttentionState:

@@ -18,7 +18,7 @@ from shardsum.scores import Scores
 from shardsum.strategies import STRATEGIES, Ring, Strategy
 
 from .. import dense
-from .cases import recorded, layout_of, ragged, supported
+from .cases import layout_of, ragged, recorded, supported
 
 # Relative norms; a gradient is rounded to its tensor's dtype at the end.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float64: 1e-12}

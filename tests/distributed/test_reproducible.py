@@ -19,7 +19,8 @@ from torch import Tensor
 import shardsum
 from shardsum import KVCache, launch, tree
 from shardsum.comm import Communicator
-from shardsum.kernels import along_tree as fixed, that_run_here
+from shardsum.kernels import along_tree as fixed
+from shardsum.kernels import that_run_here
 from shardsum.strategies import STRATEGIES, Ulysses
 from shardsum.tree import Forest
 

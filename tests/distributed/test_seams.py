@@ -111,7 +111,11 @@ def test_a_strategy_runs_without_a_wire_and_sends_what_it_declares(name: str, si
     assert done or (name in ("ulysses", "hybrid") and size > 8)
 
 
-LARGE = [("zigzag", "causal", 100_000_000), ("contiguous", "window", 100_000_000), ("striped", "causal", 1_000_000)]
+LARGE = [
+    ("zigzag", "causal", 100_000_000),
+    ("contiguous", "window", 100_000_000),
+    ("striped", "causal", 1_000_000),
+]
 
 
 @pytest.mark.parametrize(("layout", "mask", "length"), LARGE)
@@ -153,9 +157,7 @@ def held_by_several(comm: Communicator, quantize: str | None, reproducible: bool
     q, k, v = (torch.randn(2, heads, 1300, 16, generator=generator) for heads in (4, 2, 2))
     outs = []
     for holders in (None, HOLDERS[comm.size]):
-        cache = KVCache(
-            layers=1, kv_heads=2, head_dim=16, comm=comm, quantize=quantize, reproducible=reproducible
-        )
+        cache = KVCache(layers=1, kv_heads=2, head_dim=16, comm=comm, quantize=quantize, reproducible=reproducible)
         if holders is not None:
             cache._owners = Owners(comm.size, 256 if reproducible else 1, holders)
         cache.append(0, k[:, :, :1100], v[:, :, :1100])
@@ -181,7 +183,11 @@ def test_a_block_that_two_ranks_hold_and_one_computes(size: int, quantize: str |
 
 @pytest.mark.parametrize("size", HOLDERS)
 def test_the_same_bits_whoever_else_holds_a_block(size: int) -> None:
-    digests = {tuple(x.flatten().tolist()) for outs in launch(held_by_several, size, "threads", (None, True)) for x in outs}
+    digests = {
+        tuple(x.flatten().tolist())
+        for outs in launch(held_by_several, size, "threads", (None, True))
+        for x in outs
+    }
     assert len(digests) == 1
 
 

@@ -79,7 +79,9 @@ def causal_is_aligned_top_left(patch: pytest.MonkeyPatch) -> None:
 def the_ring_drops_its_last_hop(patch: pytest.MonkeyPatch) -> None:
     partial = Call.partial
 
-    def dropped(self: Call, q: Any, block: Any, *, rows_of: int, keys_of: int, keys: slice) -> Partial[AttentionState]:
+    def dropped(
+        self: Call, q: Any, block: Any, *, rows_of: int, keys_of: int, keys: slice
+    ) -> Partial[AttentionState]:
         result = partial(self, q, block, rows_of=rows_of, keys_of=keys_of, keys=keys)
         last, out = keys_of == (rows_of + 1) % self.comm.size, result.total().out
         return Merged(AttentionState.empty(*out.shape, dtype=out.dtype), STATES) if last else result

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shardsum.kernels.merging import pack
 from torch import Tensor
 
 from shardsum.collectives import MERGE, combine_all
 from shardsum.errors import Unsupported
 from shardsum.kernels.compiled import instruction_sets
-from shardsum.kernels.merging import pack
 from shardsum.kernels.native import NativeKernel
 from shardsum.kernels.operators import attention_forward
 from shardsum.scores import Scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 import traceback
@@ -12,14 +13,18 @@ import click
 
 from .. import __version__
 from ..errors import RankLost
-from .attend import attend
-from .bench import bench
 from .common import is_first_rank
-from .doctor import doctor
-from .explain import explain
-from .generation import demo, generate
-from .verify import verify
 
+# The commands, and the module of this package that has each.
+COMMANDS = {
+    "demo": "generation",
+    "generate": "generation",
+    "attend": "attend",
+    "explain": "explain",
+    "verify": "verify",
+    "bench": "bench",
+    "doctor": "doctor",
+}
 FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
 # A launcher ends all ranks as soon as one fails: those that are silent leave the first one so long to say why.
 SILENT_SECONDS = 5.0
@@ -39,8 +44,8 @@ def group() -> None:
     """
 
 
-for command in (demo, generate, attend, explain, verify, bench, doctor):
-    group.add_command(command)
+for name, module in COMMANDS.items():
+    group.add_command(getattr(importlib.import_module(f".{module}", __name__), name))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
+from ..arrays import SUFFIXES, open_array, save_array, take
 from ..attention import attention
 from ..comm import Communicator, agree, mistakes_reach_all
 from ..kernels import KERNELS
@@ -17,10 +20,11 @@ from ..problem import Sizes
 from ..sharding import check_weighted, unshard, weighted_sum
 from ..strategies import STRATEGIES
 from ..tree import unit
-from .arrays import check_output, open_array, part, save
 from .common import busy, on_ranks, pair, print_json, rank_options
 
 RANKS = 2
+# Keys are read where they lie, and lie on disk: they stay there.
+STRATEGY = next(name for name, strategy in STRATEGIES.items() if strategy.keys_stay)
 
 
 @click.command()
@@ -39,9 +43,9 @@ RANKS = 2
 @click.option(
     "--strategy",
     type=click.Choice(list(STRATEGIES)),
-    default="all_reduce",
+    default=STRATEGY,
     show_default=True,
-    help="all_reduce moves queries and results only.",
+    help=f"{STRATEGY} moves queries and results only.",
 )
 @click.option("--kernel", type=click.Choice(["auto", *KERNELS]), default="auto", show_default=True)
 @click.option("--reproducible", is_flag=True, help="The same bits on any number of ranks, and in any layout.")
@@ -105,13 +109,13 @@ def attend_on_rank(comm: Communicator, options: dict[str, Any], output: str) -> 
             )
         whole = [x[(None,) * (4 - x.ndim)] for x in arrays]
         Sizes.of(*whole)
-        check_output(output, arrays[0].dtype)
+        _check_output(output, arrays[0].dtype)
         return (*whole, arrays[0])
 
     q, k, v, as_given = _on_every_rank(comm, read)
     layout, reproducible = Layout(options["layout"]), options["reproducible"]
     together = unit(reproducible)
-    own = [part(x, 2, layout.positions(x.shape[2], comm.rank, comm.size, together)) for x in (q, k, v)]
+    own = [take(x, 2, layout.positions(x.shape[2], comm.rank, comm.size, together)) for x in (q, k, v)]
     names = ("causal", "window", "cu_seqlens", "q_start", "scale", "layout", "strategy", "kernel", "reproducible")
     key_range = options["key_range"]
     if key_range is not None:
@@ -132,13 +136,13 @@ def sum_on_rank(comm: Communicator, options: dict[str, Any], output: str) -> dic
     def read() -> tuple[torch.Tensor, torch.Tensor]:
         weights, values = open_array(options["weights"]), open_array(options["v"])
         check_weighted(weights, values)
-        check_output(output, values.dtype)
+        _check_output(output, values.dtype)
         return weights, values
 
     weights, values = _on_every_rank(comm, read)
     layout = Layout(options["layout"])
     mine = layout.positions(weights.shape[-1], comm.rank, comm.size)
-    out = weighted_sum(part(weights, -1, mine), part(values, -2, mine), comm=comm)
+    out = weighted_sum(take(weights, -1, mine), take(values, -2, mine), comm=comm)
     return _finish(comm, output, out, weights.shape[-1], started)
 
 
@@ -150,10 +154,25 @@ def _on_every_rank(comm: Communicator, read: Callable[[], tuple[torch.Tensor, ..
     return arrays
 
 
+def _check_output(name: str, dtype: torch.dtype) -> None:
+    """Raise ValueError where the output could not be written, before the work is done."""
+    path = Path(name)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"the output must be a {' or '.join(SUFFIXES)} file: got {path}.")
+    if path.is_dir():
+        raise ValueError(f"the output {path} is a folder.")
+    if not path.parent.is_dir():
+        raise ValueError(f"no such folder: {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"the folder {path.parent} can't be written to.")
+    if dtype is torch.bfloat16 and path.suffix == ".npy":
+        raise ValueError(f".npy files have no bfloat16: write {path.stem}.safetensors.")
+
+
 def _finish(comm: Communicator, output: str, out: torch.Tensor, keys: int, started: float) -> dict[str, Any]:
     with mistakes_reach_all(comm):
         if comm.rank == 0:
-            save(output, out)
+            save_array(Path(output), out)
     agree(comm, {"call": "save"})
     return {
         "output": output,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,12 +12,13 @@ from torch import Tensor
 
 from ..attention import attention
 from ..comm import Communicator, connect
+from ..digests import digest_bits
 from ..errors import Unsupported
+from ..layouts import NAMES
 from ..sharding import shard, unshard
 from ..strategies import STRATEGIES
 
 Q_LEN, KV_LEN, Q_HEADS, KV_HEADS, HEAD_DIM, V_DIM = 600, 1100, 4, 2, 16, 24  # 3 segments of queries, 5 of keys
-LAYOUTS = ("contiguous", "zigzag", "striped")
 
 
 def check_digests(comm: Communicator) -> list[dict[str, Any]]:
@@ -33,9 +32,9 @@ def check_digests(comm: Communicator) -> list[dict[str, Any]]:
     ]
     device = "cuda" if comm.transport == "nccl" else "cpu"
     whole = [torch.randn(1, *size, generator=generator).to(device) for size in sizes]
-    alone = _digest(connect("single"), whole, "contiguous", "all_gather")
+    alone = _digest(connect("single"), whole, NAMES[0], "auto")
     found = []
-    for layout, strategy in itertools.product(LAYOUTS, STRATEGIES):
+    for layout, strategy in itertools.product(NAMES, STRATEGIES):
         try:
             found_here = _digest(comm, whole, layout, strategy)
         except Unsupported:  # too few heads for so many ranks; every rank finds so
@@ -53,15 +52,7 @@ def _digest(comm: Communicator, whole: list[Tensor], layout: str, strategy: str)
     inputs = [x.requires_grad_() for x in own]
     out = attention(*inputs, **place, strategy=strategy, causal=True)
     found = [out.detach(), *torch.autograd.grad(out, inputs, d_out)]
-    return digest(unshard(x, **place) for x in found)
-
-
-def digest(tensors: Iterable[Tensor]) -> str:
-    """Twelve hexadecimal digits that stand for the bits of these tensors, of any of numpy's dtypes."""
-    content = hashlib.sha256()
-    for x in tensors:
-        content.update(x.cpu().contiguous().numpy().tobytes())
-    return content.hexdigest()[:12]
+    return digest_bits(unshard(x, **place) for x in found)
 
 
 def digest_table(results: list[dict[str, Any]]) -> Table:

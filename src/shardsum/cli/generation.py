@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..comm import Communicator, agree, connect, mistakes_reach_all
+from ..digests import digest_bits
 from .common import busy, console, launchers_rank, on_ranks, print_json, progress, rank_options
-from .digests import digest
 from .text import text_and_question
 
 RANKS = 2
@@ -159,7 +159,7 @@ def run_on_rank(
     numbers = torch.tensor([cache.bytes_held, result.pop("decode_sent_bytes")])
     held, sent = torch.stack(comm.all_gather(numbers)).T.tolist()
     everyones = comm.all_gather(result["tokens"])
-    own = digest([result["logits"]])
+    own = digest_bits([result["logits"]])
     digests = [bytes(x.tolist()).decode() for x in comm.all_gather(torch.tensor(list(own.encode())))]
     result |= {
         "answer": tokenizer.decode(result["tokens"], skip_special_tokens=True),

@@ -39,7 +39,7 @@ def check_traffic(comm: Communicator) -> list[dict[str, Any]]:
 
         def note(call: Call, direction: str, *traffic: Traffic) -> None:
             for one, seen in zip(traffic, (declared, counted), strict=True):
-                seen.append(one)  # noqa: B023 (called before the next turn)
+                seen.append(one)
             problems.append(call.problem)  # noqa: B023
 
         strategy = Observed(STRATEGIES[name](), note)

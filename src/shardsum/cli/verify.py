@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
@@ -16,7 +15,7 @@ from ..attention import attention
 from ..comm import Communicator, connect
 from ..comm.connect import mpi_installed
 from ..errors import Unsupported
-from ..layouts import Layout
+from ..layouts import NAMES, Layout
 from ..sharding import shard
 from ..strategies import STRATEGIES
 from .common import console, launchers_rank, on_ranks, print_json, progress, rank_options
@@ -38,7 +37,8 @@ MASKS: dict[str, dict[str, Any]] = {
     "document windows": {"window": (4, 1), "cu_seqlens": [0, 3, 3, 20, 43], "cu_seqlens_k": [0, 5, 6, 30, 61]},
     "earlier queries": {"causal": True, "q_start": [9, -4]},
 }
-LAYOUTS = ("contiguous", "zigzag", "striped", "weighted")
+WEIGHTED = "weighted"  # shares of 1, 2, 3, 1, ...
+LAYOUTS = (*NAMES, WEIGHTED)
 
 
 @click.command()
@@ -75,10 +75,19 @@ def verify(ranks: int | None, transport: str | None, as_json: bool) -> int | Non
     return None if ok else 1
 
 
-def _cases() -> Iterator[tuple[str, str, str, str, bool]]:
-    for strategy, layout in itertools.product(STRATEGIES, LAYOUTS):
-        for rest in itertools.product(MASKS, kernels.that_run_here(), (False, True)):
-            yield strategy, layout, *rest
+class Case(NamedTuple):
+    """One way to compute one mask's attention."""
+
+    strategy: str
+    layout: str
+    mask: str
+    kernel: str
+    q_replicated: bool
+
+
+def _cases() -> list[Case]:
+    products = itertools.product(STRATEGIES, LAYOUTS, MASKS, kernels.that_run_here(), (False, True))
+    return [Case(*each) for each in products]
 
 
 def check_all(comm: Communicator) -> dict[str, Any]:
@@ -88,45 +97,51 @@ def check_all(comm: Communicator) -> dict[str, Any]:
     sizes = [(2, Q_HEADS, Q_LEN, HEAD_DIM), (2, KV_HEADS, KV_LEN, HEAD_DIM), (2, KV_HEADS, KV_LEN, V_DIM)]
     whole = [torch.randn(size, generator=generator, dtype=torch.float64).to(device) for size in sizes]
     expected = {
-        mask: attention(*whole, comm=connect("single"), kernel="reference", return_state=True, **options)
+        mask: attention(
+            *whole, comm=connect("single"), kernel=kernels.ReferenceKernel(), return_state=True, **options
+        )
         for mask, options in MASKS.items()
     }
-    cases, errors = list(_cases()), []
+    cases, errors = _cases(), []
     with progress(visible=comm.rank == 0) as bar:
-        for strategy, name, mask, kernel, q_replicated in bar.track(cases, description=comm.transport):
-            layout = Layout.weighted([1 + rank % 3 for rank in range(comm.size)]) if name == "weighted" else name
+        for case in bar.track(cases, description=comm.transport):
+            layout = _layout(case.layout, comm.size)
             q, k, v = (shard(x.float(), comm=comm, layout=layout) for x in whole)
             try:
                 state = attention(
-                    whole[0].float() if q_replicated else q, k, v, comm=comm, layout=layout, strategy=strategy,
-                    kernel=kernel, q_replicated=q_replicated, return_state=True, **MASKS[mask],
+                    whole[0].float() if case.q_replicated else q, k, v, comm=comm, layout=layout,
+                    strategy=case.strategy, kernel=case.kernel, q_replicated=case.q_replicated,
+                    return_state=True, **MASKS[case.mask],
                 )  # fmt: skip
             except Unsupported:  # too few heads for so many ranks; every rank finds so
                 errors.append(UNSUPPORTED)
                 continue
-            out, lse = expected[mask].out, expected[mask].lse.unsqueeze(-1)
-            if not q_replicated:
+            out, lse = expected[case.mask].out, expected[case.mask].lse.unsqueeze(-1)
+            if not case.q_replicated:
                 out, lse = (shard(x, comm=comm, layout=layout) for x in (out, lse))
             errors.append(max(_error(state.out, out), _error(state.lse.unsqueeze(-1), lse)))
     worst = torch.stack(comm.all_gather(torch.tensor(errors, dtype=torch.float64, device=device))).amax(0).tolist()
     largest: dict[str, dict[str, float]] = {}
-    for (strategy, name, *_), error in zip(cases, worst, strict=True):
-        row = largest.setdefault(strategy, {})
-        row[name] = max(row.get(name, UNSUPPORTED), error)
+    for case, error in zip(cases, worst, strict=True):
+        row = largest.setdefault(case.strategy, {})
+        row[case.layout] = max(row.get(case.layout, UNSUPPORTED), error)
     return {
         "transport": comm.transport,
         "ranks": comm.size,
         "cases": sum(error != UNSUPPORTED for error in worst),
         "largest_error": largest,
         "failures": [
-            {"transport": comm.transport, "strategy": strategy, "layout": name, "mask": mask, "kernel": kernel,
-             "q_replicated": q_replicated, "error": error}
-            for (strategy, name, mask, kernel, q_replicated), error in zip(cases, worst, strict=True)
+            {"transport": comm.transport, **case._asdict(), "error": error}
+            for case, error in zip(cases, worst, strict=True)
             if not error <= TOLERANCE
         ],
         "traffic": check_traffic(comm),
         "digests": check_digests(comm),
     }  # fmt: skip
+
+
+def _layout(name: str, ranks: int) -> Layout:
+    return Layout.weighted([1 + rank % 3 for rank in range(ranks)]) if name == WEIGHTED else Layout(name)
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..comm import Communicator, Ranks, Traffic
-from ..packed import OfState, packed_shape, packer
 from ..memory import kept_memory
+from ..packed import OfState, packed_shape, packer
 from ..state import AttentionState
 from .base import Collective
 from .operations import Operation, combine_all, merger_of_all

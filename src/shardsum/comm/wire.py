@@ -14,6 +14,7 @@ from safetensors.torch import save as serialize
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..arrays import appears_whole
 from ..state import AttentionState
 
 
@@ -25,9 +26,8 @@ def save(path: Path, value: Any) -> None:
     """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_encode(value, tensors, "value"))
-    unfinished = path.with_name(f"{path.name}.unfinished")  # ranks write side by side
-    save_file(tensors, unfinished, metadata={"value": text})
-    unfinished.rename(path)
+    with appears_whole(path, durable=False) as unfinished:
+        save_file(tensors, unfinished, metadata={"value": text})
 
 
 def load(path: Path) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..arrays import appears_whole
 from . import wire
 from .base import GRACE_SECONDS, Communicator
 from .connect import MAIN, set_rank_of_process
@@ -105,9 +106,8 @@ def _report(directory: Path, rank: int, error: BaseException) -> None:
         "message": error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error),
         "traceback": "".join(traceback.format_exception(error)),
     }
-    unfinished = directory / f"error.{rank}.unfinished"
-    unfinished.write_text(json.dumps(report))
-    unfinished.rename(directory / f"error.{rank}")
+    with appears_whole(directory / f"error.{rank}", durable=False) as unfinished:
+        unfinished.write_text(json.dumps(report))
 
 
 def _abort(directory: Path, size: int) -> None:

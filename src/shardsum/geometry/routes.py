@@ -76,7 +76,10 @@ class Route:
         for way, hops in self._arms.items():
             distance = self._distance(rank, way)
             away = distance > 0
-            counts += [self._by_owner(way, away & (hops > distance)), self._by_owner(way, away & (hops == distance))]
+            counts += [
+                self._by_owner(way, away & (hops > distance)),
+                self._by_owner(way, away & (hops == distance)),
+            ]
         return _traffic(torch.cat(counts), [item_bytes])
 
     def _distance(self, rank: int, way: int) -> Column:
@@ -132,7 +135,9 @@ def _hops(pieces: _Pieces, wanted: Ranges, size: int) -> tuple[Column, Column]:
     """How far each piece goes up and down: round all of the ring but its widest gap without a rank that wants it."""
     owner = pieces.owner
     arcs = [arc for low, high in _ranks_wanting(wanted, pieces.item) for arc in _arcs(low, high, owner, size)]
-    begin = torch.stack([*(arc[0] for arc in arcs), torch.full_like(owner, size)], dim=1)  # the last: its owner again
+    begin = torch.stack(
+        [*(arc[0] for arc in arcs), torch.full_like(owner, size)], dim=1
+    )  # the last: its owner again
     begin, order = begin.sort(dim=1)
     end = torch.stack([*(arc[1] for arc in arcs), torch.zeros_like(owner)], dim=1).gather(1, order)
     up, down = torch.zeros_like(owner), torch.zeros_like(owner)
@@ -153,8 +158,10 @@ def _arcs(low: Tensor, high: Tensor, owner: Tensor, size: int) -> list[tuple[Ten
     Where there are none the first hop is `size`, and the last 0.
     """
     arcs = []
-    for first, last in ((torch.maximum(low - owner, owner.new_tensor(1)), high - owner),
-                        (low - owner + size, torch.minimum(high - owner, owner.new_tensor(-1)) + size)):
+    for first, last in (
+        (torch.maximum(low - owner, owner.new_tensor(1)), high - owner),
+        (low - owner + size, torch.minimum(high - owner, owner.new_tensor(-1)) + size),
+    ):
         there = first <= last
         arcs.append((torch.where(there, first, size), torch.where(there, last, 0)))
     return arcs
@@ -163,7 +170,9 @@ def _arcs(low: Tensor, high: Tensor, owner: Tensor, size: int) -> list[tuple[Ten
 def _ranks_wanting(wanted: Ranges, item: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """For every item the ranks that want it, as ranges [low, high] of ranks; empty where high < low."""
     number = torch.arange(len(wanted.rank)) - torch.searchsorted(wanted.rank, wanted.rank)
-    for family in range(int(number.max()) + 1 if len(number) else 0):  # the first range of each rank, the second, ...
+    for family in range(
+        int(number.max()) + 1 if len(number) else 0
+    ):  # the first range of each rank, the second, ...
         rank, start, stop = (x[number == family] for x in wanted)
         for group, way in _monotone(rank, start, stop):
             first, last = start[group], stop[group]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -107,11 +105,3 @@ class BoundModel(ABC):
 def has_argument(model: PreTrainedModel, argument: str) -> bool:
     """Whether the model's forward has an argument of that name."""
     return argument in inspect.signature(model.forward).parameters
-
-
-def digest(tensor: Tensor | None) -> str | None:
-    """Describe whole numbers by their shape and a hash, for the agreement."""
-    if tensor is None:
-        return None
-    content = tensor.detach().cpu().to(torch.int64).contiguous().numpy().tobytes()
-    return f"{tuple(tensor.shape)} {hashlib.blake2b(content, digest_size=8).hexdigest()}"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..kv import KVCache
 from ..comm import Communicator
 from ..errors import Unsupported
+from ..kv import KVCache
 from ..layouts import Layout
 from .masks import IntervalMask
 

@@ -12,10 +12,10 @@ from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteriaList,
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
 from ..comm import Communicator, agree, mistakes_reach_all
+from ..digests import digest_indices
 from ..errors import Unsupported
 from ..layouts import Layout
 from .binding import sharded
-from .bound_model import digest
 from .cache import ShardedCache
 from .masks import Padding
 from .session import Session
@@ -269,8 +269,8 @@ def _describe_call(input_ids: Tensor, config: GenerationConfig, model_kwargs: di
     }
     return {
         "call": "hf.generate",
-        "input_ids": digest(input_ids),
-        "attention_mask": digest(model_kwargs.get("attention_mask")),
+        "input_ids": digest_indices(input_ids),
+        "attention_mask": digest_indices(model_kwargs.get("attention_mask")),
         "cached": model_kwargs["past_key_values"].get_seq_length(),
         **settings,
     }

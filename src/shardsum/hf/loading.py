@@ -7,10 +7,8 @@ import hashlib
 import io
 import logging
 import os
-import shutil
 import struct
 import threading
-import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from ..arrays import appears_whole
 from ..errors import Unsupported
 
 # Bump when what is stored for a GGUF file changes.
@@ -156,19 +155,21 @@ def _convert(gguf: Path, dtype: torch.dtype) -> Path:
     with FileLock(f"{target}.lock"), silence():
         if target.is_dir():
             return target
-        scratch = root / f".{target.name}-{uuid.uuid4().hex}"
         try:
             # Transformers' bar for this one can't be switched off; it writes to whatever stderr is.
-            with _errors_in_one_line(gguf), contextlib.redirect_stderr(io.StringIO()):
+            with (
+                appears_whole(target) as unfinished,
+                _errors_in_one_line(gguf),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
                 model, tokenizer = _from_folder(gguf.parent, dtype, gguf_file=gguf.name)
                 _forget_quantization(model)
-                model.save_pretrained(scratch)
-                tokenizer.save_pretrained(scratch)
+                model.save_pretrained(unfinished)
+                tokenizer.save_pretrained(unfinished)
+        except OSError:
             # A file system without locks lets two convert: the later one finds the first one's result.
-            with contextlib.suppress(FileExistsError):
-                scratch.rename(target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            if not target.is_dir():
+                raise
     return target
 
 

@@ -8,8 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .bound_model import digest
-
 IGNORE_INDEX = -100  # Transformers' label of a token that is not to be predicted
 
 
@@ -59,7 +57,7 @@ class Sequences:
 
     def digests(self) -> dict[str, str | None]:
         """Describe each tensor, for the agreement."""
-        return {name: digest(tensor) for name, tensor in vars(self).items()}
+        return {name: digest_indices(tensor) for name, tensor in vars(self).items()}
 
     def targets(self) -> Tensor:
         """Return at each token the label of the next: the shift comes before tokens are dealt out to ranks."""

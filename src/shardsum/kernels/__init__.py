@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..errors import Unsupported
+from ..packed import merge_alike, pack, unpack
 from .aten import AtenKernel
 from .base import Gradients, Kernel, OutputGradient
 from .compiled import instruction_sets, why_not_native
-from ..packed import merge_alike, pack, unpack
 from .native import NativeKernel
 from .reference import EagerKernel, ReferenceKernel
 
@@ -66,7 +66,16 @@ def as_kernel(kernel, device=None, dims=()):
         return kernel
     name = kernel
     if kernel == "auto":
-        name, missing = ('native' if why_not_native() is None and max(dims, default=0) <= 512 and (device is None or torch.device(device).type in ('cpu','meta')) else 'aten'), why_not_native()
+        name, missing = (
+            (
+                "native"
+                if why_not_native() is None
+                and max(dims, default=0) <= 512
+                and (device is None or torch.device(device).type in ("cpu", "meta"))
+                else "aten"
+            ),
+            why_not_native(),
+        )
         if missing is not None:
             _warn_once(f"{missing} kernel='auto' is {name!r}; asked for by name it says nothing.")
     if name not in KERNELS:

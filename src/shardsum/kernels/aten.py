@@ -36,7 +36,9 @@ class AtenKernel(Kernel):
 
     name = "aten"
 
-    def forward_dense(self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores) -> AttentionState:
+    def forward_dense(
+        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores
+    ) -> AttentionState:
         if not _for_operator(scores):
             return EagerKernel().forward_dense(q, k, v, lo, hi, scores)
         state = _forward(q, k, v, lo, hi, scores.scale)
@@ -49,7 +51,9 @@ class AtenKernel(Kernel):
             return state
         return merge(
             _forward(q, k[:, :, kept], v[:, :, kept], *_renumber(lo, hi, kept), scores.scale),
-            ReferenceKernel().forward_dense(q, k[:, :, removed], v[:, :, removed], *_renumber(lo, hi, removed), scores),
+            ReferenceKernel().forward_dense(
+                q, k[:, :, removed], v[:, :, removed], *_renumber(lo, hi, removed), scores
+            ),
         )
 
     def backward_dense(

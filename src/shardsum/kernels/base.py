@@ -63,7 +63,9 @@ class Kernel(ABC):
         return self.forward_tree_dense(q, block.k, block.v, *bounds, scores)
 
     @abstractmethod
-    def forward_dense(self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores) -> AttentionState:
+    def forward_dense(
+        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores
+    ) -> AttentionState:
         """The state of softmax(scores(q k)) v in which row i sees the keys lo_i <= j < hi_i only.
 
         Shapes: `lo`, `hi` on the CPU; out (batch, q_heads, q_len, v_dim). Query head h reads KV head

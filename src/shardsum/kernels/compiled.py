@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch

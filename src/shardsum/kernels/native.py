@@ -38,7 +38,9 @@ class NativeKernel(Kernel):
             raise Unsupported(f"this machine runs {', '.join(available)}: got {instruction_set!r}.")
         self.instruction_set = instruction_set or available[0]
 
-    def forward_dense(self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores) -> AttentionState:
+    def forward_dense(
+        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores
+    ) -> AttentionState:
         if scores.bias is not None:
             return EagerKernel().forward_dense(q, k, v, lo, hi, scores)
         return AttentionState(*dense_forward(*self._arguments(q, k, v, lo, hi, scores)))

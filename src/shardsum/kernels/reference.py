@@ -10,8 +10,8 @@ from torch import Tensor
 from ..problem import state_dtype
 from ..scores import Scores
 from ..state import AttentionState
-from .base import Bounds, Gradients, Kernel, Keys, OutputGradient, Queries, Values
 from .along_tree import gradients_by_pieces, state_by_pieces
+from .base import Bounds, Gradients, Kernel, Keys, OutputGradient, Queries, Values
 
 # Rows are taken so many at a time that a matrix of weights has about this many elements (64 MB in float32).
 WEIGHTS = 1 << 24
@@ -28,7 +28,9 @@ class EagerKernel(Kernel):
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return state_dtype(dtype)
 
-    def forward_dense(self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores) -> AttentionState:
+    def forward_dense(
+        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores
+    ) -> AttentionState:
         dtype, compute = state_dtype(q.dtype), self.compute_dtype(q.dtype)
         state = AttentionState.empty(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
         if state.out.numel() == 0 or k.shape[2] == 0:

@@ -167,7 +167,9 @@ class KVCache:
         """The blocks of a layer that this rank computes with."""
         owners, length, batch = self._owners, store.longest, q.shape[0]
         blocks = [
-            PlacedBlock(store.slab(group).block(batch, len(owners.runs(group, length))), owners.keys(group, length))
+            PlacedBlock(
+                store.slab(group).block(batch, len(owners.runs(group, length))), owners.keys(group, length)
+            )
             for group in owners.owned(self.comm.rank)
         ]
         return blocks or [PlacedBlock(Slab(store.shape).block(batch, 0))]

@@ -100,7 +100,9 @@ class Owners:
                 raise ValueError("every layer must be sharded alike: these positions lie on other ranks already.")
             new.append(Runs.of(positions[known:]))
         for rank, runs in enumerate(new):
-            for start, count, step in zip(runs.start.tolist(), runs.count.tolist(), runs.step.tolist(), strict=True):
+            for start, count, step in zip(
+                runs.start.tolist(), runs.count.tolist(), runs.step.tolist(), strict=True
+            ):
                 self._add(rank, start, count, step)
         self.length = max(self.length, end)
 
@@ -115,7 +117,11 @@ class Owners:
         if self._known is None or self._known[0] != length:
             tables = self._runs if length >= self.length else [_cropped(runs, length) for runs in self._runs]
             runs = [Runs(*table.t().contiguous()) for table in tables]
-            self._known = length, runs, Placement.of_runs([self._together(rank, runs) for rank in range(self.size)])
+            self._known = (
+                length,
+                runs,
+                Placement.of_runs([self._together(rank, runs) for rank in range(self.size)]),
+            )
         return self._known[1], self._known[2]
 
     def _together(self, rank: int, runs: list[Runs]) -> Runs:
@@ -127,7 +133,9 @@ class Owners:
         return Runs.of(torch.cat(positions).sort().values)
 
     def _group_of_last(self) -> int:
-        lasts = [int(table[-1, 0] + (table[-1, 1] - 1) * table[-1, 2]) if len(table) else -1 for table in self._runs]
+        lasts = [
+            int(table[-1, 0] + (table[-1, 1] - 1) * table[-1, 2]) if len(table) else -1 for table in self._runs
+        ]
         return lasts.index(self.length - 1)
 
     def _add(self, group: int, start: int, count: int, step: int = 1) -> None:

@@ -23,7 +23,9 @@ class PreparedCalls:
     def __init__(self) -> None:
         self._calls: dict[Hashable, PreparedCall] = {}
 
-    def get(self, key: tuple[Hashable, ...], options: dict[str, Any], make: Callable[[], PreparedCall]) -> PreparedCall:
+    def get(
+        self, key: tuple[Hashable, ...], options: dict[str, Any], make: Callable[[], PreparedCall]
+    ) -> PreparedCall:
         """The call for a key and options: the one that `make` gave before, or gives now."""
         try:
             key = (*key, *((name, _exactly(options[name])) for name in sorted(options)))

@@ -72,5 +72,7 @@ class AllReduce(Strategy):
     def _traffic_backward(self, problem: Problem, rank: int) -> Traffic:
         others, own = problem.size - 1, problem.q_len(rank)
         sent = (problem.q_bytes(own) + problem.row_bytes(own, problem.v_dim + 2)) * others
-        returned = problem.row_bytes(problem.queries.length - own, problem.head_dim) * key_nodes(problem).count(rank)
+        returned = problem.row_bytes(problem.queries.length - own, problem.head_dim) * key_nodes(problem).count(
+            rank
+        )
         return Traffic(sent + returned, 3 * others, 3)

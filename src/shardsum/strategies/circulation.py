@@ -13,6 +13,7 @@ from ..comm import Communicator
 from ..geometry import Route
 from ..partials import Combine
 
+
 def circulate(
     comm: Communicator,
     route: Route,

@@ -63,7 +63,9 @@ class Split:
     def scattered(self, heads: Sequence[slice], placement: Placement, rank: int) -> int:
         """How many (head, position) pairs a rank sends where each gets all heads of its positions back."""
         own = heads[self.place(rank)]
-        return (own.stop - own.start) * sum(placement.lengths[other] for other in self.members(rank) if other != rank)
+        return (own.stop - own.start) * sum(
+            placement.lengths[other] for other in self.members(rank) if other != rank
+        )
 
 
 @per_problem
@@ -161,8 +163,10 @@ def _by_group(placement: Placement, ranks: int) -> Placement:
     """The positions of each group."""
     groups = placement.size // ranks
     if bool((placement.step > 1).any()):
-        held = [torch.cat([placement.positions(rank) for rank in range(group * ranks, (group + 1) * ranks)])
-                for group in range(groups)]
+        held = [
+            torch.cat([placement.positions(rank) for rank in range(group * ranks, (group + 1) * ranks)])
+            for group in range(groups)
+        ]
         return Placement.of([positions.sort().values for positions in held])
     group = placement.rank // ranks
     order = (group * (placement.end + 1) + placement.start).argsort()

@@ -37,4 +37,6 @@ class Hybrid(Ulysses):
     def why_not(self, problem: Problem) -> str | None:
         if self._ranks is not None and problem.size % self._ranks:
             return f"hybrid's groups must divide the ranks: got groups of {self._ranks}, {problem.size} ranks."
-        return super().why_not(problem) or self._between.why_not(split(problem, self.ranks_in_group(problem.size)).between(0))
+        return super().why_not(problem) or self._between.why_not(
+            split(problem, self.ranks_in_group(problem.size)).between(0)
+        )

@@ -111,8 +111,13 @@ class Ring(Strategy):
     def _traffic(self, problem: Problem, rank: int, collective: Collective) -> Traffic:
         route = key_route(problem)
         sent = [
-            route.sent(rank, [problem.batch * (heads.stop - heads.start) * dim * problem.dtype.itemsize
-                              for dim in (problem.head_dim, problem.v_dim)])
+            route.sent(
+                rank,
+                [
+                    problem.batch * (heads.stop - heads.start) * dim * problem.dtype.itemsize
+                    for dim in (problem.head_dim, problem.v_dim)
+                ],
+            )
             for heads in self._pieces(problem)
         ]
         return functools.reduce(Traffic.__add__, sent)

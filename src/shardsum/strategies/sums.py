@@ -48,7 +48,9 @@ def scatter_sums(call: Call, parts: Sequence[Partial[Tensor]]) -> Tensor:
 def _gathered(comm: Communicator, part: P, nodes: Nodes) -> P:
     if comm.size == 1:
         return part
-    return _joined(comm.all_gather(part.to_numbers(nodes.of_rank(comm.rank)), _shapes(comm, part, nodes)), nodes, part)
+    return _joined(
+        comm.all_gather(part.to_numbers(nodes.of_rank(comm.rank)), _shapes(comm, part, nodes)), nodes, part
+    )
 
 
 def _scattered(comm: Communicator, parts: Sequence[P], nodes: Nodes) -> P:

@@ -16,7 +16,7 @@ from ..state import AttentionState
 from .all_reduce import AllReduce
 from .base import Strategy, pack_gradient, unpack_gradient
 from .call import Call
-from .heads import Split, RankGroup, split
+from .heads import RankGroup, Split, split
 
 
 class Ulysses(Strategy):

@@ -1,10 +1,13 @@
-"""Arrays on disk: memory-mapped, so that a rank reads only what it needs; written whole or not at all."""
+"""Arrays in files: memory-mapped, so that a rank reads only what it needs; written whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import threading
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from tokenize import TokenError
 from typing import Literal
@@ -36,7 +39,7 @@ _BROKEN_FILE = (
 
 
 def open_array(name: str) -> Tensor:
-    """The array in a .npy file, or the tensor in FILE.safetensors or FILE.safetensors:TENSOR, memory-mapped.
+    """Map the array in a .npy file, or the tensor in FILE.safetensors or FILE.safetensors:TENSOR.
 
     Raises: ValueError of one line for a file that is missing, malformed or holds no floating-point numbers.
     """
@@ -87,38 +90,50 @@ def _open_safetensors(path: Path, key: str) -> Tensor:
         return tensor
 
 
-def part(array: Tensor, dim: int, positions: Tensor) -> Tensor:
-    """The given increasing positions of a dimension: a view of the file where they are consecutive."""
+def take(array: Tensor, dim: int, positions: Tensor) -> Tensor:
+    """Take increasing positions of a dimension: a view of the file where they are consecutive."""
     count = len(positions)
     if count == 0 or int(positions[-1] - positions[0]) == count - 1:
         return array.narrow(dim, int(positions[0]) if count else 0, count)
     return array.index_select(dim, positions)
 
 
-def check_output(name: str, dtype: torch.dtype | None = None) -> None:
-    """Raise ValueError where `save` could not write there, before the work is done."""
-    path = Path(name)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"the output must be a {' or '.join(SUFFIXES)} file: got {path}.")
-    if path.is_dir():
-        raise ValueError(f"the output {path} is a folder.")
-    if not path.parent.is_dir():
-        raise ValueError(f"no such folder: {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"the folder {path.parent} can't be written to.")
-    if dtype is torch.bfloat16 and path.suffix == ".npy":
-        raise ValueError(f".npy files have no bfloat16: write {path.stem}.safetensors.")
-
-
-def save(name: str, array: Tensor) -> None:
-    """Write the array; the file appears whole."""
-    path = Path(name)
-    unfinished = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{path.suffix}")
-    try:
+def save_array(path: Path, array: Tensor) -> None:
+    """Write a .npy file, or a .safetensors file whose one tensor is `out`; it appears whole."""
+    with appears_whole(path) as unfinished:
         if path.suffix == ".npy":
             np.save(unfinished, array.numpy())
         else:
             safetensors.torch.save_file({"out": array.contiguous()}, unfinished)
+
+
+@contextlib.contextmanager
+def appears_whole(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Give a name beside `path` to write a file or a folder to, which becomes `path` when the block has ended.
+
+    A block that raises leaves what was at `path` before. A file replaces a file; a folder replaces none that has
+    content. With `durable` the content is on the disk before it has its name, so that a machine that loses power
+    keeps the old or the new, whole; what another process on this machine reads at once needs no such wait.
+    Raises: OSError where it can't be written or renamed.
+    """
+    unfinished = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{path.suffix}")
+    try:
+        yield unfinished
+        if durable:
+            _flush(unfinished)
         unfinished.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        else:
+            unfinished.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder and all in it, is on the disk."""
+    for entry in (path, *path.rglob("*")):
+        descriptor = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
