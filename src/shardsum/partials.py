@@ -1,8 +1,8 @@
-"""Partial results on their way to the whole: states and gradients, merged as they come or kept along the fixed tree.
+"""Partial results on their way to the whole: states and gradients, merged as they come or along the fixed tree.
 
-A strategy adds partial results of disjoint keys by `union`, sends them as tensors and asks for the `total` at the end;
-it need not know which of the two it has. Along the fixed tree (`reproducible`) a partial result is a forest: what
-cannot be combined yet waits for its sibling, so that numbers meet in one order wherever they lie.
+A strategy adds partial results of disjoint keys by `union`, sends them as tensors and asks for the `total` at the
+end; it need not know which of the two it has. Along the fixed tree (`reproducible`) a partial result is a forest:
+what cannot be combined yet waits for its sibling, so that numbers meet in one order wherever they lie.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ Combine = Callable[[Tensor, Tensor], Tensor]
 class Monoid(Generic[T]):
     """What partial results are combined by, and how they travel: as numbers of each row, the last dim.
 
-    `combine` is for results in any order, `combine_numbers` the same for them as numbers, and `combine_in_tree` for
-    siblings of the fixed tree. `blank` fills the place of a node that is not there yet in a table of nodes, `fill`
-    puts two tables together of which at most one has a node, and `from_place` reads a place, blank or not.
+    `combine` is for results in any order, `combine_numbers` the same for them as numbers, and `combine_in_tree`
+    for siblings of the fixed tree. `blank` fills the place of a node that is not there yet in a table of nodes,
+    `fill` puts two tables together of which at most one has a node, and `from_place` reads a place, blank or
+    not.
     """
 
     combine: Callable[[T, T], T]

@@ -58,6 +58,11 @@ class Runs:
         run = torch.searchsorted(self._first, indices, right=True) - 1
         return self.start[run] + (indices - self._first[run]) * self.step[run]
 
+    @property
+    def end(self) -> int:
+        """One past the last position."""
+        return int(self.start[-1] + (self.count[-1] - 1) * self.step[-1]) + 1 if len(self.start) else 0
+
     def below(self, bound: Tensor) -> Tensor:
         """How many of the positions are less than each bound: its place among them.
 
@@ -225,7 +230,7 @@ def _ceil_divided(x: Tensor, step: Tensor) -> Tensor:
 
 
 def _aligned_blocks(first: Tensor, last: Tensor) -> Tensor:
-    """How few blocks [i 2^k, (i + 1) 2^k) make up each range of whole numbers [first, last)."""
+    """How few aligned blocks [i 2^k, (i + 1) 2^k) make up each range [first, last)."""
     differing = first ^ last
     for shift in (1, 2, 4, 8, 16, 32):  # all bits below the highest that differs
         differing = differing | differing >> shift
@@ -234,7 +239,7 @@ def _aligned_blocks(first: Tensor, last: Tensor) -> Tensor:
 
 
 def _blocks_to_end(first: Tensor, end: Tensor) -> Tensor:
-    """How many blocks [i 2^k, (i + 1) 2^k) begin in each range [first, end) and cover it, reaching beyond or not."""
+    """How few aligned blocks that begin in each range [first, end) cover it; they may reach beyond it."""
     blocks, at = torch.zeros_like(first), first
     while bool((at < end).any()):
         blocks = blocks + (at < end)

@@ -76,10 +76,10 @@ class Sizes(NamedTuple):
 class Problem:
     """One attention call of all ranks together: what decides who computes what, what travels and what it costs.
 
-    `queries`, `keys`: which rows each rank has and which keys each computes with. With `q_replicated` every rank has
-    all rows. `reproducible`: sums go along the fixed tree. `bias_shape` (batch or 1, q_heads or 1): of an additive
-    bias, if there is one. `q_dtype`, if queries are wider than keys (a scale that is a tensor widens them).
-    `hosts`: the name of each rank's host, where it is known. `known`: what was found out about the problem.
+    `queries`, `keys`: which rows each rank has and which keys each computes with. With `q_replicated` every rank
+    has all rows. `reproducible`: sums go along the fixed tree. `bias_shape` (batch or 1, q_heads or 1): of an
+    additive bias, if there is one. `q_dtype`, if queries are wider than keys (a scale that is a tensor widens
+    them). `hosts`: the name of each rank's host, where it is known. `known`: what was found out so far.
     """
 
     batch: int
@@ -118,7 +118,7 @@ class Problem:
         return self.keys.lengths[rank]
 
     def heads(self, kv_heads: int) -> Problem:
-        """The problem of this many of the KV heads and the query heads that read them; who sees what is the same."""
+        """The problem of this many of the KV heads and the query heads that read them; who sees what stays."""
         return replace(self, kv_heads=kv_heads, q_heads=kv_heads * self.heads_per_kv_head)
 
     # Shapes and bytes of what travels.
@@ -171,7 +171,7 @@ class Problem:
 
 
 def per_problem(ask: Ask) -> Ask:
-    """A function of a Problem and of whole numbers that is computed once for each; results are not to be changed."""
+    """Decorate a function of a Problem and of whole numbers: it is computed once, and its results are shared."""
 
     @functools.wraps(ask)
     def asked(problem: Problem, *numbers: int) -> Any:

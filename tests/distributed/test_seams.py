@@ -1,4 +1,4 @@
-"""The seams that later work builds on: a strategy without a wire, blocks of several holders, blocks from elsewhere."""
+"""The seams that later work builds on: strategies without a wire, blocks of several holders, blocks of files."""
 
 from __future__ import annotations
 

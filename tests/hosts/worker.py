@@ -83,9 +83,9 @@ def attention(
     The strategy holds its closed form against what the communicator counts.
     """
     q, k, v = (torch.randn(1, 2, length // comm.size, 64) for length in (queries, keys, keys))
-    recorded = recorded(STRATEGIES[strategy]())
+    checked = recorded(STRATEGIES[strategy]())
     mask = None if window is None else (window, 0)
-    return lambda: shardsum.attention(q, k, v, comm=comm, strategy=recorded, window=mask)
+    return lambda: shardsum.attention(q, k, v, comm=comm, strategy=checked, window=mask)
 
 
 def traffic(comm: Communicator) -> dict[str, Any]:

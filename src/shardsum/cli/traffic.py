@@ -12,7 +12,6 @@ from rich.table import Table
 from ..attention import attention
 from ..comm import Communicator, Traffic
 from ..errors import Unsupported
-from ..problem import Problem
 from ..sharding import shard
 from ..strategies import STRATEGIES, Call, Observed, lower_bound_bytes
 
@@ -33,25 +32,18 @@ def check_traffic(comm: Communicator) -> list[dict[str, Any]]:
     whole = [torch.randn(size, generator=generator).to(device) for size in sizes]
     found = []
     for mask, layout, name in itertools.product(MASKS, LAYOUTS, STRATEGIES):
-        declared: list[Traffic] = []
-        counted: list[Traffic] = []
-        problems: list[Problem] = []
-
-        def note(call: Call, direction: str, *traffic: Traffic) -> None:
-            for one, seen in zip(traffic, (declared, counted), strict=True):
-                seen.append(one)
-            problems.append(call.problem)  # noqa: B023
-
-        strategy = Observed(STRATEGIES[name](), note)
+        notes: list[tuple[Call, str, Traffic, Traffic]] = []
+        strategy = Observed(STRATEGIES[name](), lambda *note, notes=notes: notes.append(note))
         own = [shard(x, comm=comm, layout=layout).requires_grad_() for x in whole]
         try:
             out = attention(*own, comm=comm, layout=layout, strategy=strategy, **MASKS[mask])
         except Unsupported:  # too few heads for so many ranks; every rank finds so
             continue
         torch.autograd.grad(out, own, torch.ones_like(out))
-        own_bytes = [x.sent_bytes for pair in zip(declared, counted, strict=True) for x in pair]
-        least_bytes = lower_bound_bytes(problems[0], comm.rank)
-        numbers = torch.tensor([*own_bytes, least_bytes, declared != counted], device=device)
+        own_bytes = [traffic.sent_bytes for *_, declared, counted in notes for traffic in (declared, counted)]
+        unequal_here = any(declared != counted for *_, declared, counted in notes)
+        least_bytes = lower_bound_bytes(notes[0][0].problem, comm.rank)
+        numbers = torch.tensor([*own_bytes, least_bytes, unequal_here], device=device)
         *sent, least, unequal = torch.stack(comm.all_gather(numbers)).sum(dim=0).tolist()
         found.append(
             {"mask": mask, "layout": layout, "strategy": name, "as_declared": unequal == 0,

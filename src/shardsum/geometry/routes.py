@@ -66,8 +66,8 @@ class Route:
         return onward, len(self.items((rank - way * hop) % self.size, way, hop))
 
     def sent(self, rank: int, item_bytes: list[int]) -> Traffic:
-        """What a rank sends of all shards, with a message of its own for each of an item's parts of these bytes."""
-        counts = [self._by_owner(way, hops > self._distance(rank, way)) for way, hops in self._arms.items()]
+        """What a rank sends of all shards; each part of an item, of these bytes, goes in a message of its own."""
+        counts = [self._by_owner(hops > self._distance(rank, way)) for way, hops in self._arms.items()]
         return _traffic(torch.cat(counts), item_bytes)
 
     def returned(self, rank: int, item_bytes: int) -> Traffic:
@@ -75,18 +75,15 @@ class Route:
         counts = []
         for way, hops in self._arms.items():
             distance = self._distance(rank, way)
-            away = distance > 0
-            counts += [
-                self._by_owner(way, away & (hops > distance)),
-                self._by_owner(way, away & (hops == distance)),
-            ]
+            for moving in (hops > distance, hops == distance):
+                counts.append(self._by_owner(moving & (distance > 0)))
         return _traffic(torch.cat(counts), [item_bytes])
 
     def _distance(self, rank: int, way: int) -> Column:
         """How many hops each piece has come, that way round, when it is at the rank."""
         return (way * (rank - self._owner)) % self.size
 
-    def _by_owner(self, way: int, moving: Tensor) -> Tensor:
+    def _by_owner(self, moving: Tensor) -> Tensor:
         """The number of items in the pieces that are moving, by owner."""
         return torch.zeros(self.size, dtype=torch.int64).index_add_(0, self._owner[moving], self._count[moving])
 
@@ -132,12 +129,11 @@ def _pieces(items: Placement, wanted: Ranges) -> _Pieces:
 
 
 def _hops(pieces: _Pieces, wanted: Ranges, size: int) -> tuple[Column, Column]:
-    """How far each piece goes up and down: round all of the ring but its widest gap without a rank that wants it."""
+    """How far each piece goes up and down: round the ring but for the widest gap of ranks that do not want it."""
     owner = pieces.owner
     arcs = [arc for low, high in _ranks_wanting(wanted, pieces.item) for arc in _arcs(low, high, owner, size)]
-    begin = torch.stack(
-        [*(arc[0] for arc in arcs), torch.full_like(owner, size)], dim=1
-    )  # the last: its owner again
+    # The last stop is the owner again.
+    begin = torch.stack([*(arc[0] for arc in arcs), torch.full_like(owner, size)], dim=1)
     begin, order = begin.sort(dim=1)
     end = torch.stack([*(arc[1] for arc in arcs), torch.zeros_like(owner)], dim=1).gather(1, order)
     up, down = torch.zeros_like(owner), torch.zeros_like(owner)

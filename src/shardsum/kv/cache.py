@@ -166,12 +166,10 @@ class KVCache:
     def _blocks(self, store: Layer, q: Tensor) -> list[PlacedBlock]:
         """The blocks of a layer that this rank computes with."""
         owners, length, batch = self._owners, store.longest, q.shape[0]
-        blocks = [
-            PlacedBlock(
-                store.slab(group).block(batch, len(owners.runs(group, length))), owners.keys(group, length)
-            )
-            for group in owners.owned(self.comm.rank)
-        ]
+        blocks = []
+        for group in owners.owned(self.comm.rank):
+            block = store.slab(group).block(batch, len(owners.runs(group, length)))
+            blocks.append(PlacedBlock(block, owners.keys(group, length)))
         return blocks or [PlacedBlock(Slab(store.shape).block(batch, 0))]
 
     def _call(self, store: Layer, q: Tensor, blocks: list[PlacedBlock], given: dict[str, Any]) -> PreparedCall:

@@ -21,9 +21,9 @@ Table = Int[Tensor, "runs 3"]  # start, count and step of each run
 class Owners:
     """The holder groups of positions 0 to `length` - 1, decided once for each.
 
-    Positions come from shards, or are given to the groups in turn, in units of `unit`. `holders`: the ranks of each
-    group, its owner first. What `placement` returns stays as it is whatever comes later; `version` is another
-    number after every change.
+    Positions come from shards, or are given to the groups in turn, in units of `unit`. `holders`: the ranks of
+    each group, its owner first. What `placement` returns stays as it is whatever comes later; `version` is
+    another number after every change.
     """
 
     def __init__(self, size: int, unit: int, holders: Sequence[Sequence[int]] | None = None) -> None:
@@ -133,10 +133,8 @@ class Owners:
         return Runs.of(torch.cat(positions).sort().values)
 
     def _group_of_last(self) -> int:
-        lasts = [
-            int(table[-1, 0] + (table[-1, 1] - 1) * table[-1, 2]) if len(table) else -1 for table in self._runs
-        ]
-        return lasts.index(self.length - 1)
+        lasts = (Runs(*table[-1:].t().contiguous()) for table in self._runs)
+        return [last.end for last in lasts].index(self.length)
 
     def _add(self, group: int, start: int, count: int, step: int = 1) -> None:
         if count > 0:

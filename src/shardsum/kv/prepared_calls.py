@@ -15,9 +15,9 @@ CALLS = 8
 class PreparedCalls:
     """The prepared calls of the last few kinds of call: `get` makes what it has not, the plain way.
 
-    A call is known by everything that it is made of. Where that is something that may change (a tensor, an instance
-    of a strategy), it is made anew at every call. Making one is no operation of several ranks, so that ranks may
-    forget at different times.
+    A call is known by everything that it is made of. Where that is something that may change (a tensor, an
+    instance of a strategy), it is made anew at every call. Making one is no operation of several ranks, so that
+    ranks may forget at different times.
     """
 
     def __init__(self) -> None:

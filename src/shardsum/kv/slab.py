@@ -18,7 +18,7 @@ GROWTH_SHARE, GROWTH_POSITIONS = 32, 32
 
 @dataclass(frozen=True)
 class Shape:
-    """What one token of one sequence takes in a layer; `quantized`: as int8, with a float32 scale for each head."""
+    """What a token of one sequence takes in a layer; `quantized`: as int8, with a float32 scale for each head."""
 
     kv_heads: int
     dims: tuple[int, int]  # of a key and of a value
@@ -104,7 +104,7 @@ class Layer:
         return self._slabs[group]
 
     def check(self, k: Tensor, v: Tensor) -> None:
-        """Raise ValueError unless these are new tokens of this layer; Unsupported for gradients that int8 has not."""
+        """Raise ValueError unless these are tokens of this layer; Unsupported for gradients that int8 has not."""
         shape = self.shape
         batch = len(self.lengths) or (k.shape[0] if isinstance(k, Tensor) and k.ndim else 1)
         for name, x, dim in zip("kv", (k, v), shape.dims, strict=True):

@@ -47,7 +47,7 @@ class Strategy(ABC):
         return None
 
     def suits(self, problem: Problem) -> str | None:
-        """Why "auto" should take this strategy unless an earlier one in the registry suits too; None: it should not."""
+        """Why "auto" should take this strategy, unless an earlier one of the registry suits; None: never."""
         return None
 
     def traffic(self, problem: Problem, rank: int, collective: Collective = AUTO) -> Traffic:
@@ -64,7 +64,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def memory_bytes(self, problem: Problem, rank: int) -> int:
-        """What a rank holds at once in `forward` besides its own q, k, v and output: received, sent and partial."""
+        """What a rank holds at once in `forward` beside its own q, k, v and output: received, sent, partial."""
 
     # What a strategy defines of the rest: several ranks, each with its own rows.
 

@@ -1,4 +1,4 @@
-"""The call that a strategy works on, as a rank sees it: its tensors, the problem of all ranks, and its communicator."""
+"""The call that a strategy works on, as a rank sees it: its tensors, all ranks' problem, and its communicator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Block, Dense
-from ..collectives import Auto, Collective
+from ..collectives import Collective
 from ..comm import Communicator
 from ..errors import NonFiniteWarning
 from ..geometry import intervals, local_intervals, localized
@@ -58,13 +58,13 @@ class Call:
     q: Tensor
     blocks: Sequence[PlacedBlock]
     scores: Scores
-    collective: Collective = Auto()
+    collective: Collective
     name: str = "attention"
     holder: str = "rank"
 
     @functools.cached_property
     def dense(self) -> Dense:
-        """This rank's keys and values as one pair of tensors, in their order: what strategies that move keys send."""
+        """This rank's keys and values as two tensors, in their order: what strategies that move keys send."""
         parts = [placed.block.dense(self.problem.dtype) for placed in self.blocks]
         if len(parts) == 1:
             return parts[0]

@@ -1,4 +1,4 @@
-"""Heads in place of positions, inside a group of neighbouring ranks: who computes which heads of which positions."""
+"""Heads in place of positions, inside a group of neighbouring ranks: who computes which heads."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .call import Call, PlacedBlock
 class Split:
     """How the heads of a problem are shared out over groups of `ranks` neighbouring ranks.
 
-    `q_heads`, `kv_heads`: what each rank of a group computes; a KV head goes to every rank that has one of its query
-    heads. `queries`, `keys`: the positions of each group.
+    `q_heads`, `kv_heads`: what each rank of a group computes; a KV head goes to every rank that has one of its
+    query heads. `queries`, `keys`: the positions of each group.
     """
 
     problem: Problem

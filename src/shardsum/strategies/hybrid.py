@@ -37,6 +37,7 @@ class Hybrid(Ulysses):
     def why_not(self, problem: Problem) -> str | None:
         if self._ranks is not None and problem.size % self._ranks:
             return f"hybrid's groups must divide the ranks: got groups of {self._ranks}, {problem.size} ranks."
-        return super().why_not(problem) or self._between.why_not(
-            split(problem, self.ranks_in_group(problem.size)).between(0)
-        )
+        why_not = super().why_not(problem)
+        if why_not is not None or problem.q_replicated:
+            return why_not
+        return self._between.why_not(split(problem, self.ranks_in_group(problem.size)).between(0))

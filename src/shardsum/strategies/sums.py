@@ -32,14 +32,14 @@ def reduce_sum(call: Call, part: Partial[Tensor]) -> Tensor:
 
 
 def scatter_states(call: Call, states: Sequence[Partial[AttentionState]]) -> AttentionState:
-    """The state of this rank's rows over the keys of all ranks; `states[r]` is what a rank has for rank r's rows."""
+    """The state of this rank's rows over all keys; `states[r]` is what a rank has for the rows of rank r."""
     if not call.problem.reproducible:
         return reduce_scatter_states(call.comm, [state.total() for state in states])
     return _scattered(call.comm, states, state_nodes(call.problem)).total()
 
 
 def scatter_sums(call: Call, parts: Sequence[Partial[Tensor]]) -> Tensor:
-    """The sum for this rank's rows over the keys of all ranks; `parts[r]` is what a rank has for rank r's rows."""
+    """The sum for this rank's rows over all keys; `parts[r]` is what a rank has for the rows of rank r."""
     if not call.problem.reproducible:
         return sum_scatter(call.comm, [part.total() for part in parts])
     return _scattered(call.comm, parts, key_nodes(call.problem)).total()
