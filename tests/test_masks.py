@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shardsum.errors import Unsupported
 from shardsum.kernels.pieces import pieces
-from shardsum.masks import Mask, localize
+from shardsum.masks import Bounds, Mask, localize
 
 from . import dense
 
@@ -66,7 +66,7 @@ def test_the_visible_part_of_any_shard_is_one_interval(held: list[bool], data: s
     positions = torch.tensor(held).nonzero().flatten()
     bounds = data.draw(st.lists(st.tuples(*[st.integers(0, len(held))] * 2), min_size=1, max_size=5))
     lo, hi = (torch.tensor(sorted_bounds).unsqueeze(0) for sorted_bounds in zip(*map(sorted, bounds), strict=True))
-    local = localize(lo, hi, positions)
+    local = localize(Bounds(lo, hi), positions)
     assert torch.equal(seen_by(*local, len(positions)), seen_by(lo, hi, len(held))[..., positions])
 
 

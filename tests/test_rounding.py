@@ -16,7 +16,9 @@ from torch import Tensor
 import shardsum
 from shardsum import AttentionState, Mismatch, Unsupported, launch, merge, rounding
 from shardsum.comm import Communicator
-from shardsum.kernels import EagerKernel, NativeKernel, instruction_sets, merge_alike, that_run_here
+from shardsum.extension import instruction_sets
+from shardsum.kernels import EagerKernel, NativeKernel, that_run_here
+from shardsum.packed import merge_alike
 from shardsum.scores import Scores
 from shardsum.strategies import STRATEGIES
 

@@ -9,6 +9,7 @@ Causal, sliding window, packed documents, padding, and any of them intersected l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -17,6 +18,13 @@ from torch import Tensor
 from .errors import Unsupported
 
 Rows = Int[Tensor, "batch_or_1 rows"]
+
+
+class Bounds(NamedTuple):
+    """An interval of keys for each query row: row i sees the keys lo_i <= j < hi_i."""
+
+    lo: Rows
+    hi: Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +67,7 @@ class Mask:
         name = "cu_seqlens" if self.cu_seqlens_k is self.cu_seqlens else "cu_seqlens_k"
         _check_documents(name, self.cu_seqlens_k, self.kv_len, "keys")
 
-    def intervals(self, rows: Int[Tensor, " rows"]) -> list[tuple[Rows, Rows]]:
+    def intervals(self, rows: Int[Tensor, " rows"]) -> list[Bounds]:
         """Disjoint intervals: the query rows with these global indices see the global keys lo <= j < hi of each.
 
         There are two if first tokens or a prefix are seen beside a window or the causal past, else one.
@@ -93,9 +101,9 @@ class Mask:
             found = [(torch.maximum(lo, given_lo), torch.minimum(hi, given_hi)) for lo, hi in found]
         return [self._clamped(lo, hi) for lo, hi in found]
 
-    def _clamped(self, lo: Tensor, hi: Tensor) -> tuple[Rows, Rows]:
+    def _clamped(self, lo: Tensor, hi: Tensor) -> Bounds:
         lo, hi = torch.broadcast_tensors(lo.clamp(0, self.kv_len), hi.clamp(0, self.kv_len))
-        return lo, torch.maximum(lo, hi)
+        return Bounds(lo, torch.maximum(lo, hi))
 
     def own(self, rows: Int[Tensor, " rows"]) -> Rows:
         """Each row's own position, as a global key index: what distances are measured from."""
@@ -116,9 +124,9 @@ class Mask:
         return first[None], end[None], own[None]
 
 
-def localize(lo: Rows, hi: Rows, positions: Int[Tensor, " keys"]) -> tuple[Rows, Rows]:
-    """The same intervals as local indices into a shard that holds the keys at these increasing positions."""
-    return torch.searchsorted(positions, lo.contiguous()), torch.searchsorted(positions, hi.contiguous())
+def localize(bounds: Bounds, positions: Int[Tensor, " keys"]) -> Bounds:
+    """Return the bounds as local indices into a shard that holds the keys at these increasing positions."""
+    return Bounds(*(torch.searchsorted(positions, bound.contiguous()) for bound in bounds))
 
 
 def _check_documents(name: str, ends: Tensor, length: int, what: str) -> None:

@@ -10,7 +10,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shardsum.kernels.compiled import DECODE_ROWS, instruction_sets
+from shardsum.extension import instruction_sets
+from shardsum.kernels.compiled import DECODE_ROWS
 from shardsum.kernels.native import NativeKernel
 from shardsum.scores import Scores
 from shardsum.state import AttentionState

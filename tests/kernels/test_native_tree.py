@@ -13,10 +13,10 @@ from torch import Tensor
 
 from shardsum.collectives import MERGE, combine_all
 from shardsum.errors import Unsupported
-from shardsum.kernels.compiled import instruction_sets
-from shardsum.kernels.merging import pack
+from shardsum.extension import instruction_sets
 from shardsum.kernels.native import NativeKernel
 from shardsum.kernels.operators import attention_forward
+from shardsum.packed import pack
 from shardsum.scores import Scores
 from shardsum.state import AttentionState
 from shardsum.tree import SEGMENT

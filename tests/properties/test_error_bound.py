@@ -15,7 +15,8 @@ from torch import Tensor
 import shardsum
 from shardsum import launch
 from shardsum.comm import Communicator
-from shardsum.kernels import NativeKernel, instruction_sets, that_run_here
+from shardsum.extension import instruction_sets
+from shardsum.kernels import NativeKernel, that_run_here
 from shardsum.problem import state_dtype
 
 from .. import dense, exact

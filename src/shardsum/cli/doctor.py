@@ -15,7 +15,8 @@ from rich.table import Table
 from .. import __version__
 from ..comm.connect import mpi_installed
 from ..comm.processes import find_mpiexec, reports_lost_ranks
-from ..kernels import chosen, instruction_sets, why_not_native
+from ..extension import instruction_sets
+from ..kernels import chosen, why_not_native
 from .common import console, is_first_rank, print_json
 
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from ..comm import Communicator, Traffic
-from ..kernels.merging import packed_shape, packer, unpacker
+from ..packed import packed_shape, packer, unpacker
 from ..state import AttentionState
 from .operations import MERGE, Operation
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Communicator
-from ..kernels import pack, unpack
+from ..packed import pack, unpack
 from ..state import AttentionState
 from .base import Collective
 from .operations import MERGE, SUM, Operation, combine_all

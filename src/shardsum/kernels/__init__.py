@@ -10,9 +10,8 @@ from torch import Tensor
 from ..errors import Unsupported
 from .aten import AtenKernel
 from .base import Gradients, Kernel, OutputGradient
-from .compiled import instruction_sets, why_not_native
+from .compiled import why_not_native
 from .fixed import Blocks, states_by_nodes
-from .merging import merge_alike, pack, unpack
 from .native import NativeKernel
 from .reference import EagerKernel, ReferenceKernel
 
@@ -34,12 +33,8 @@ __all__ = [
     "ReferenceKernel",
     "as_kernel",
     "chosen",
-    "instruction_sets",
-    "merge_alike",
-    "pack",
     "states_by_nodes",
     "that_run_here",
-    "unpack",
     "why_not_native",
 ]
 

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..extension import TYPES, instruction_sets, native_module
 from ..problem import Problem
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int8: 4}
 LARGEST_DIM = 512
 # Up to so many rows for each KV head, decode is faster than prefill.
 DECODE_ROWS = 16
 # A leaf of the tree is of whole blocks of keys, and this is the largest block: tree.SEGMENT is a multiple of it.
 SEGMENT_STEP = 256
 _NO_SCALES, _NO_PAGES = ((0, 0, 0, 0),) * 2, (0, 0, 0)
-
-
-@functools.cache
-def native_module() -> Any:  # the module is compiled; None where it was not built
-    try:
-        return import_module("shardsum._native")
-    except ModuleNotFoundError:
-        return None
-
-
-def instruction_sets() -> list[str]:
-    """The instruction sets that the native kernels can use here, the best first; none if they were not built."""
-    return [] if native_module() is None else list(native_module().instruction_sets())
 
 
 def why_not_native(q: Tensor | None = None, v: Tensor | None = None) -> str | None:

@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..packed import merge_alike
 from ..problem import state_dtype
 from ..scores import Scores
 from ..state import AttentionState
 from ..tree import SEGMENT, Forest, Node, segments
 from .base import Bounds, Gradients, Kernel, Keys, OutputGradient, Queries, Values
-from .merging import merge_alike
 
 ROWS = 16  # of a piece: few, since one query is padded to as many
 Intervals = Sequence[tuple[Bounds, Bounds]]

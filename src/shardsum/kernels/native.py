@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ..errors import Unsupported
+from ..extension import instruction_sets
 from ..problem import state_dtype
 from ..quantized import Quantized
 from ..scores import Scores
 from ..state import AttentionState
 from ..tree import SEGMENT
 from .base import Bounds, Gradients, Kernel, Keys, OutputGradient, Queries, Values
-from .compiled import few_rows, instruction_sets, why_not_native
+from .compiled import few_rows, why_not_native
 from .operators import attention_backward, dense_forward, paged_forward, quantized_forward
 from .reference import EagerKernel
 

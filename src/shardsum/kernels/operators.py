@@ -30,8 +30,9 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
 from ..errors import Unsupported
+from ..extension import native_module
 from ..problem import Problem, state_dtype
-from .compiled import SEGMENT_STEP, Options, call, few_rows, native_module, why_not_native
+from .compiled import SEGMENT_STEP, Options, call, few_rows, why_not_native
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, float scale, float? softcap=None, "

@@ -14,7 +14,7 @@ from ..comm import Communicator
 from ..errors import NonFiniteWarning
 from ..kernels import Blocks, Gradients, Kernel, OutputGradient, states_by_nodes
 from ..layouts import Placement
-from ..masks import Mask, localize
+from ..masks import Bounds, Mask, localize
 from ..problem import state_dtype
 from ..quantized import Quantized
 from ..scores import Scores
@@ -43,8 +43,8 @@ class Found:
     By the rank whose rows they are, or the two whose rows and keys.
     """
 
-    intervals: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    local: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    intervals: dict[int, list[Bounds]] = field(default_factory=dict)
+    local: dict[tuple[int, int], list[Bounds]] = field(default_factory=dict)
     runs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     routes: dict[str, Route] = field(default_factory=dict)
 
@@ -152,9 +152,7 @@ class Call:
         bias[..., key_positions.to(bias.device)] = found.bias
         return replace(found, bias=bias)
 
-    def _local(
-        self, rows_of: int, keys_of: int, rows: Some, keys: Some
-    ) -> tuple[Scores, list[tuple[Tensor, Tensor]]]:
+    def _local(self, rows_of: int, keys_of: int, rows: Some, keys: Some) -> tuple[Scores, list[Bounds]]:
         scores = self.scores
         if not scores.plain:
             own, positions = self.queries.positions[rows_of][rows], self.keys.positions[keys_of][keys]
@@ -165,11 +163,11 @@ class Call:
             self.found.local[rows_of, keys_of] = self._local_intervals(rows_of, keys_of, rows, keys)
         return scores, self.found.local[rows_of, keys_of]
 
-    def _local_intervals(self, rows_of: int, keys_of: int, rows: Some, keys: Some) -> list[tuple[Tensor, Tensor]]:
+    def _local_intervals(self, rows_of: int, keys_of: int, rows: Some, keys: Some) -> list[Bounds]:
         positions = self.keys.positions[keys_of][keys]
-        return [localize(lo[:, rows], hi[:, rows], positions) for lo, hi in self._intervals(rows_of)]
+        return [localize(Bounds(lo[:, rows], hi[:, rows]), positions) for lo, hi in self._intervals(rows_of)]
 
-    def _intervals(self, rows_of: int) -> list[tuple[Tensor, Tensor]]:
+    def _intervals(self, rows_of: int) -> list[Bounds]:
         if rows_of not in self.found.intervals:
             self.found.intervals[rows_of] = self.mask.intervals(self.queries.positions[rows_of])
         return self.found.intervals[rows_of]
@@ -209,7 +207,7 @@ class Call:
     def _rows_that_see(self, keys_of: int, rows_of: int) -> Tensor:
         """Which query rows of one rank may see some key of another."""
         positions = self.keys.positions[keys_of]
-        local = [localize(lo, hi, positions) for lo, hi in self._intervals(rows_of)]
+        local = [localize(bounds, positions) for bounds in self._intervals(rows_of)]
         sees = torch.stack([(lo < hi).any(dim=0) for lo, hi in local]).any(dim=0)
         return self._with_segments(sees, self.queries.positions[rows_of])
 

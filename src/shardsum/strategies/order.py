@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..collectives import all_reduce_states, reduce_over_ranks, reduce_scatter_states, sum_scatter
 from ..comm import Communicator
-from ..kernels import pack, unpack
+from ..packed import pack, unpack
 from ..state import AttentionState, merge
 from ..tree import Forest, Node
 

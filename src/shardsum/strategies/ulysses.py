@@ -14,8 +14,9 @@ from torch import Tensor
 from ..collectives import slices
 from ..comm import Communicator, Traffic, subgroup
 from ..errors import Unsupported
-from ..kernels import Gradients, OutputGradient, pack, unpack
+from ..kernels import Gradients, OutputGradient
 from ..layouts import Placement
+from ..packed import pack, unpack
 from ..problem import state_dtype
 from ..state import AttentionState
 from .all_reduce import AllReduce
