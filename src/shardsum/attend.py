@@ -64,7 +64,7 @@ class Prepared:
         if self._differentiable and quantized:
             raise Unsupported("int8 keys have no gradients. Call under torch.no_grad(), or with quantize=None.")
         sizes = {name: getattr(problem, name) for name in ("batch", "q_heads", "kv_heads", "head_dim", "v_dim")}
-        self._kernel = as_kernel(arguments.kernel, q, v)
+        self._kernel = as_kernel(arguments.kernel, q.device, (problem.head_dim, problem.v_dim))
         described = {
             **sizes,
             "dtype": str(q.dtype),

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from shardsum.kernels import NativeKernel, as_kernel, compiled, why_not_native
+from shardsum.kernels import NativeKernel, as_kernel, compiled
 
 from .run import assert_refused, shardsum
 
@@ -38,7 +38,7 @@ def test_without_native_kernels_it_says_why(
     monkeypatch.setattr(compiled, "native_module", lambda: None)
     found = shardsum(capsys, "doctor", "--json").json
     assert found["kernel_on_cpu"] == "aten"
-    assert found["native_kernels"] == why_not_native()
+    assert found["native_kernels"] == NativeKernel.why_not()
     with pytest.raises(ValueError, match="built without its native kernels: install it again"):
         NativeKernel()
     with pytest.warns(UserWarning, match=r"built without its native kernels: .* kernel='auto' is 'aten'"):

@@ -11,7 +11,7 @@ import torch
 
 from ..attention import attention
 from ..comm import Communicator, agree
-from ..kernels import KERNELS
+from ..kernels import available
 from ..layouts import NAMES, Layout
 from ..problem import Problem
 from ..sharding import check_weighted, unshard, weighted_sum
@@ -43,7 +43,7 @@ RANKS = 2
     show_default=True,
     help="all_reduce moves queries and results only.",
 )
-@click.option("--kernel", type=click.Choice(["auto", *KERNELS]), default="auto", show_default=True)
+@click.option("--kernel", type=click.Choice(["auto", *sorted(available())]), default="auto", show_default=True)
 @click.option("--reproducible", is_flag=True, help="The same bits on any number of ranks, and in any layout.")
 @rank_options(RANKS)
 def attend(ranks: int | None, transport: str | None, as_json: bool, output: str, **options: Any) -> None:

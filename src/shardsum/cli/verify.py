@@ -77,7 +77,7 @@ def verify(ranks: int | None, transport: str | None, as_json: bool) -> int | Non
 
 def _cases() -> Iterator[tuple[str, str, str, str, bool]]:
     for strategy, layout in itertools.product(STRATEGIES, LAYOUTS):
-        for rest in itertools.product(MASKS, kernels.that_run_here(), (False, True)):
+        for rest in itertools.product(MASKS, kernels.available(), (False, True)):
             yield strategy, layout, *rest
 
 
@@ -158,7 +158,7 @@ def _show(results: list[dict[str, Any]], failures: list[dict[str, Any]]) -> None
     out.print(
         f"{total - len(failures):,} of {total:,} cases agree with float64 on each of {size} ranks, to "
         f"{TOLERANCE:g} (the largest relative error of {len(MASKS)} masks, "
-        f"{len(kernels.that_run_here())} kernels, queries sharded and replicated)."
+        f"{len(kernels.available())} kernels, queries sharded and replicated)."
     )
     for failure in failures[:20]:
         out.print("wrong: " + ", ".join(f"{key} {value}" for key, value in failure.items()))

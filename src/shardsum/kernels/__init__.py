@@ -5,48 +5,45 @@ from __future__ import annotations
 import functools
 import warnings
 
-from torch import Tensor
+import torch
 
 from ..errors import Unsupported
 from .aten import AtenKernel
-from .base import Gradients, Kernel, OutputGradient
-from .compiled import why_not_native
-from .fixed import Blocks, states_by_nodes
+from .base import Dims, Gradients, Kernel, Leaf, OutputGradient
+from .costing import CostingKernel
 from .native import NativeKernel
 from .reference import EagerKernel, ReferenceKernel
 
+# In the order in which "auto" prefers them.
 KERNELS: dict[str, type[Kernel]] = {
-    "aten": AtenKernel,
-    "eager": EagerKernel,
-    "native": NativeKernel,
-    "reference": ReferenceKernel,
+    kernel.name: kernel for kernel in (NativeKernel, AtenKernel, EagerKernel, ReferenceKernel, CostingKernel)
 }
 
 __all__ = [
     "KERNELS",
     "AtenKernel",
-    "Blocks",
+    "CostingKernel",
+    "EagerKernel",
     "Gradients",
     "Kernel",
+    "Leaf",
     "NativeKernel",
     "OutputGradient",
     "ReferenceKernel",
     "as_kernel",
+    "available",
     "chosen",
-    "states_by_nodes",
-    "that_run_here",
-    "why_not_native",
 ]
 
 
-def that_run_here() -> list[str]:
-    """The names of the kernels that CPU tensors can use in this installation."""
-    return [name for name in KERNELS if name != NativeKernel.name or why_not_native() is None]
+def available(device: torch.device | None = None, dims: Dims = ()) -> list[str]:
+    """Return the names of the kernels that compute here, such tensors if these are told, the preferred first."""
+    return [name for name, kernel in KERNELS.items() if kernel.computes and kernel.why_not(device, dims) is None]
 
 
-def chosen(q: Tensor | None = None, v: Tensor | None = None) -> str:
-    """The name of the kernel that "auto" is: `native` where it can take q and v, else `aten`."""
-    return "native" if why_not_native(q, v) is None else "aten"
+def chosen(device: torch.device | None = None, dims: Dims = ()) -> str:
+    """Return the name of the kernel that "auto" is, for tensors on this device of these head_dim and v_dim."""
+    return available(device, dims)[0]
 
 
 @functools.cache
@@ -54,18 +51,20 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def as_kernel(kernel: str | Kernel, q: Tensor | None = None, v: Tensor | None = None) -> Kernel:
-    """The kernel itself, or a new one of that name; "auto" is what `chosen` says.
+def as_kernel(kernel: str | Kernel, device: torch.device | None = None, dims: Dims = ()) -> Kernel:
+    """Return the kernel itself, or a new one of that name; "auto" is what `chosen` says.
 
-    It warns, once, where "auto" is the slower kernel because the package was built without the other.
+    It warns, once, where "auto" is a slower kernel because the package was built without the preferred one.
     """
     if isinstance(kernel, Kernel):
         return kernel
     name = kernel
     if kernel == "auto":
-        name, missing = chosen(q, v), why_not_native()
+        name = chosen(device, dims)
+        missing = next(iter(KERNELS.values())).why_not()
         if missing is not None:
             _warn_once(f"{missing} kernel='auto' is {name!r}; asked for by name it says nothing.")
     if name not in KERNELS:
-        raise Unsupported(f"kernel must be auto, {', '.join(sorted(KERNELS))}: got {kernel!r}.")
+        names = sorted(name for name, known in KERNELS.items() if known.computes)
+        raise Unsupported(f"kernel must be auto, {', '.join(names)}: got {kernel!r}.")
     return KERNELS[name]()

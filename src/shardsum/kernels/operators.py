@@ -45,7 +45,7 @@ def dense_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, *opti
     """`attention_forward` without gradients, and without torch's dispatcher, which takes 11 us a call."""
     given = Options(*options)
     problem = _check(q, k, v, lo, hi, given)
-    name = "tree" if given.segment else "decode" if few_rows(q, k) else "prefill"
+    name = "tree" if given.segment else "decode" if few_rows(q, problem.kv_heads) else "prefill"
     return _state(name, problem, q, k, v, lo, hi, given)
 
 
@@ -174,7 +174,7 @@ def _check(
 
 
 def _check_device(q: Tensor, v: Tensor) -> None:
-    wrong = why_not_native(q, v)
+    wrong = why_not_native(q.device, (q.shape[3], v.shape[3]))
     if wrong is not None:
         raise Unsupported(f"{wrong} Use kernel='aten'.")
 

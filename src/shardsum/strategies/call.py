@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..blocks import Block, Dense, Int8
 from ..collectives import Auto, Collective
 from ..comm import Communicator
 from ..errors import NonFiniteWarning
-from ..kernels import Blocks, Gradients, Kernel, OutputGradient, states_by_nodes
+from ..kernels import Gradients, Kernel, OutputGradient
+from ..kernels.along_tree import GradientsOfNodes, states_of_nodes
 from ..layouts import Placement
 from ..masks import Bounds, Mask, localize
 from ..problem import state_dtype
@@ -94,11 +96,12 @@ class Call:
         scores, intervals = self._local(rows_of, keys_of, rows, keys)
         if self.reproducible:
             of_keys = self.keys.spans_of(keys_of, keys)
-            forest = states_by_nodes(self.kernel, (q, k, v), intervals, scores, of_keys, self.mask.kv_len)
+            forest = states_of_nodes(self.kernel, q, Dense(k, v), intervals, scores, of_keys, self.mask.kv_len)
             for state in forest.nodes.values():
                 self._warn_unless_finite(state, rows_of, keys_of)
             return forest
-        state = functools.reduce(merge, [self._forward(q, k, v, lo, hi, scores) for lo, hi in intervals])
+        block = self._block(k, v)
+        state = functools.reduce(merge, [self.kernel.forward(q, block, bounds, scores) for bounds in intervals])
         self._warn_unless_finite(state, rows_of, keys_of)
         return state
 
@@ -114,11 +117,11 @@ class Call:
                 stacklevel=3,
             )
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scores: Scores) -> AttentionState:
+    def _block(self, k: Tensor, v: Tensor) -> Block:
         if self.scales is None:
-            return self.kernel.forward(q, k, v, lo, hi, scores)
+            return Dense(k, v)
         of_k, of_v = self.scales
-        return self.kernel.forward_quantized(q, Quantized(k, of_k), Quantized(v, of_v), lo, hi, scores)
+        return Int8(Quantized(k, of_k), Quantized(v, of_v))
 
     def partial_backward(
         self,
@@ -139,11 +142,12 @@ class Call:
         scores, intervals = self._local(rows_of, keys_of, rows, keys)
         key_positions = self.keys.positions[keys_of][keys]
         if self.reproducible:
-            blocks = Blocks(self.kernel, (q, k, v), intervals, scores, gradient)
+            nodes = GradientsOfNodes(self.kernel, q, Dense(k, v), intervals, scores, gradient)
             of_rows, of_keys = self.queries.spans_of(rows_of, rows), self.keys.spans_of(keys_of, keys)
-            found = Contribution(*blocks.by_nodes(of_rows, of_keys, self.mask.q_len, self.mask.kv_len))
+            found = Contribution(*nodes.by_nodes(of_rows, of_keys, self.mask.q_len, self.mask.kv_len))
         else:
-            parts = [self.kernel.backward(q, k, v, lo, hi, scores, gradient) for lo, hi in intervals]
+            block = Dense(k, v)
+            parts = [self.kernel.backward(q, block, bounds, scores, gradient) for bounds in intervals]
             summed = functools.reduce(Gradients.__add__, parts)
             found = Contribution(summed.q, torch.cat([summed.k, summed.v], dim=3), summed.bias)
         if found.bias is None or self.scores.bias is None:
