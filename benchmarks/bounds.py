@@ -20,7 +20,8 @@ from torch import Tensor
 
 import shardsum
 from shardsum.bench.timing import alternate, machine, ratio
-from shardsum.kernels import Kernel, NativeKernel, instruction_sets
+from shardsum.extension import instruction_sets
+from shardsum.kernels import Kernel, NativeKernel
 
 ROWS, HEAD_DIM = 16, 64
 

@@ -9,7 +9,7 @@ import torch
 
 from shardsum import KVCache, Unsupported, connect, launch
 from shardsum.comm import Communicator
-from shardsum.kernels import that_run_here
+from shardsum.kernels import available
 from shardsum.quantized import Quantized
 
 from . import dense
@@ -55,7 +55,7 @@ def decode_error(comm: Communicator, kernel: str, dtype: torch.dtype, head_dim: 
     return relative_norm(found, dense.attention(q, k, v, seen)[0])
 
 
-@pytest.mark.parametrize("kernel", that_run_here())
+@pytest.mark.parametrize("kernel", available())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_the_stated_error_on_normal_keys_and_values(kernel: str, dtype: torch.dtype, head_dim: int) -> None:

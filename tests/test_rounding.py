@@ -15,8 +15,12 @@ from torch import Tensor
 
 import shardsum
 from shardsum import AttentionState, Mismatch, Unsupported, launch, merge, rounding
+from shardsum.blocks import Dense
 from shardsum.comm import Communicator
-from shardsum.kernels import EagerKernel, NativeKernel, instruction_sets, merge_alike, that_run_here
+from shardsum.extension import instruction_sets
+from shardsum.kernels import EagerKernel, Kernel, NativeKernel, available, native
+from shardsum.masks import Bounds
+from shardsum.packed import merge_alike
 from shardsum.scores import Scores
 from shardsum.strategies import STRATEGIES
 
@@ -24,7 +28,7 @@ from . import dense, exact
 from .kernels.native import normal
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-each_kernel = pytest.mark.parametrize("kernel", that_run_here())
+each_kernel = pytest.mark.parametrize("kernel", available())
 needs_native = pytest.mark.skipif(not instruction_sets(), reason="built without the native kernels")
 # What the constants of rounding.py and docs/theory.md allow elementary functions, in unit roundoffs.
 EXP, TANH, LN, SHARE, SHARE_OF_ARGUMENT, LN_OF_TOTAL = 3, 3, 2, 6, 2, 2
@@ -84,7 +88,9 @@ def test_shares_of_a_merge(merged: Callable[..., AttentionState], dtype: torch.d
 def forward(isa: str, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, scores: Scores) -> AttentionState:
     """Each query alone, a row that sees so many keys."""
     q, k, v = q.view(1, 1, -1, 1), k.view(1, 1, -1, 1), v.view(1, 1, -1, 1)
-    return NativeKernel(isa).forward_tree(q, k, v, torch.zeros_like(keys).unsqueeze(0), keys.unsqueeze(0), scores)
+    return NativeKernel(isa).forward_tree(
+        q, Dense(k, v), Bounds(torch.zeros_like(keys).unsqueeze(0), keys.unsqueeze(0)), scores
+    )
 
 
 @each_dtype
@@ -139,7 +145,7 @@ def test_the_chain_of_a_leaf_is_as_long_as_it_says(monkeypatch: pytest.MonkeyPat
     bound, errors = worst_sum()
     assert holds(bound, errors)
     assert float(bound.max()) <= 4 * float(max(errors))
-    monkeypatch.setattr(rounding, "NATIVE_LEAF", 0)
+    monkeypatch.setattr(native, "ROUNDINGS", 0)
     assert not holds(*worst_sum())
 
 
@@ -155,7 +161,7 @@ def test_weights_in_bfloat16_break_it_if_it_does_not_know(monkeypatch: pytest.Mo
         return holds(bound, exact.errors(state.out, exact.attention(q, k, v, dense.visible(3, 40))))
 
     assert state_holds()
-    monkeypatch.setattr(rounding, "WEIGHT_OF_BFLOAT16", 0.0)
+    monkeypatch.setattr(native, "WEIGHT_OF_BFLOAT16", 0.0)
     assert not state_holds()
 
 
@@ -164,8 +170,8 @@ def coarse_scores(forward: Any) -> Any:
 
 
 def coarse_weights(forward: Any) -> Any:
-    def of(self: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> AttentionState:
-        state: AttentionState = forward(self, q, k, v, *rest)
+    def of(self: Any, *rest: Any) -> AttentionState:
+        state: AttentionState = forward(self, *rest)
         return AttentionState(state.out.half().to(state.out.dtype), state.lse)
 
     return of
@@ -180,7 +186,7 @@ def coarse_lse(combine: Any) -> Any:
     [
         ("shardsum.kernels.EagerKernel", "forward", coarse_scores),
         ("shardsum.kernels.EagerKernel", "forward", coarse_weights),
-        ("shardsum.kernels.fixed", "merge_alike", coarse_lse),
+        ("shardsum.kernels.along_tree", "merge_alike", coarse_lse),
     ],
 )
 def test_one_more_rounding_to_16_bits_breaks_it(
@@ -244,6 +250,7 @@ def test_what_it_refuses(options: dict[str, Any], message: str) -> None:
 def test_kernels_that_it_does_not_know_are_refused() -> None:
     class Other(EagerKernel):
         name = "other"
+        rounding = Kernel.rounding
 
     x = torch.ones(1, 1, 3, 2)
     with pytest.raises(Unsupported, match="got other"):

@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .blocks import Paged
 from .kernels import NativeKernel
+from .masks import Bounds
 from .problem import DTYPES
 from .scores import Scores
 from .state import AttentionState
@@ -50,8 +52,8 @@ def decode_paged(
     own = lengths.to("cpu", torch.int64).unsqueeze(1) - q.shape[2] + torch.arange(q.shape[2])
     lo = torch.zeros_like(own) if window is None else (own - window).clamp(min=0)
     scores = Scores(1 / math.sqrt(q.shape[3]) if scale is None else scale, softcap=softcap)
-    kernel = NativeKernel(instruction_set)
-    return kernel.forward_paged(q, k_pages, v_pages, block_table, lo, (own + 1).clamp(min=0), scores)
+    block, bounds = Paged(k_pages, v_pages, block_table), Bounds(lo, (own + 1).clamp(min=0))
+    return NativeKernel(instruction_set).forward(q, block, bounds, scores)
 
 
 def _check(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor) -> None:

@@ -14,7 +14,7 @@ from .tree import SEGMENT, Node, cover, segments
 
 Positions = Int[Tensor, " positions"]
 Numbers = Int[Tensor, " runs"]
-Some = slice | Tensor  # local indices, increasing
+Subset = slice | Tensor  # a slice, or increasing indices
 
 
 class Runs:
@@ -77,7 +77,7 @@ class Runs:
         within = _ceil_divided(bound - self.start[run], self.step[run]).clamp(min=0)
         return self._first[run] + torch.minimum(within, self.count[run])
 
-    def some(self, some: Some) -> Runs:
+    def some(self, some: Subset) -> Runs:
         """The runs of some of the positions."""
         if isinstance(some, slice) and some == slice(None):
             return self

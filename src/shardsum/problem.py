@@ -66,11 +66,6 @@ class Sizes(NamedTuple):
             raise ValueError(f"q, k and v must be on one device: got {q.device}, {k.device}, {v.device}.")
         return cls(batch, q_heads, kv_heads, q_len, kv_len, head_dim, v_dim, q.dtype)
 
-    @classmethod
-    def of_block(cls, q, block):
-        parts = block.inputs or (block.k.numbers, block.v.numbers)
-        return cls.of(q, *parts, quantized=not block.inputs)
-
 
 @dataclass(frozen=True, eq=False)
 class Problem:

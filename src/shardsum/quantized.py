@@ -34,6 +34,11 @@ class Quantized:
         numbers = (x / scales).nan_to_num(nan=0.0).round().clamp(-LARGEST, LARGEST)
         return cls(numbers.to(torch.int8), scales.squeeze(3))
 
+    def __getitem__(self, some: tuple[slice | Tensor, ...]) -> Quantized:
+        """Return some sequences, heads and tokens, all dims of them."""
+        assert len(some) <= 3
+        return Quantized(self.numbers[some], self.scales[some])
+
     def dequantized(self, dtype: torch.dtype) -> Float[Tensor, "batch kv_heads kv_len dim"]:
         """The tensor that this stands for, in `dtype`."""
         return (self.numbers.to(torch.promote_types(dtype, torch.float32)) * self.scales.unsqueeze(3)).to(dtype)

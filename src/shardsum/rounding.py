@@ -18,7 +18,7 @@ Source: Blanchard, Higham, Higham 2021 (the log-sum-exp and softmax functions); 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from .arguments import Arguments
 from .comm import Communicator
 from .errors import Unsupported
-from .kernels import Kernel, NativeKernel, as_kernel
+from .kernels import as_kernel
 from .prepared import attend, scaled
 from .problem import state_dtype
 from .state import AttentionState
@@ -40,22 +40,10 @@ OF_LEAF = 10  # of a weight in a leaf: two exponentials, a reciprocal, the logar
 OF_LOGARITHM = 2  # times the logarithm
 OF_MERGE = 8  # of a share, and of lse besides its own rounding
 OF_SHIFT = 3  # of an exponential and its argument, times the argument
-# Roundings that a value meets in a leaf: by torch's products, in any order; in blocks of 128 keys by our own.
-TORCH_LEAF, NATIVE_LEAF = SEGMENT, 131
-WEIGHT_OF_BFLOAT16 = 2.0**-8  # the unit roundoff of weights, where an instruction set multiplies bfloat16
 SHARPNESS = 64.0  # lse / SHARPNESS is the largest score, or above it by log(keys) / SHARPNESS
 # As a scale this makes our kernel's factor 1. Any other rounds the largest score, but not the one that it is taken
 # from in a fused multiply-add: with scores beyond 2^30 a row may then look as if it saw nothing.
 _LN_2 = 1 / 1.4426950408889634
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """How a kernel computes a leaf: in which unit roundoff, what a value meets, and how weights are rounded."""
-
-    unit: float
-    roundings: int
-    weight: float = 0.0
 
 
 @torch.no_grad()
@@ -74,7 +62,9 @@ def error_bound(
         raise Unsupported(f"return_bound knows the kernels' arithmetic on CPUs: got tensors on {q.device}.")
     dtype = state_dtype(q.dtype)
     unit, tiny = torch.finfo(dtype).eps / 2, torch.finfo(dtype).tiny
-    leaf = _leaf(as_kernel(arguments.kernel, q, v), q.dtype, unit, arguments)
+    kernel = as_kernel(arguments.kernel, q.device, (q.shape[3], v.shape[3]))
+    widened = isinstance(arguments.scale, Tensor)
+    leaf = kernel.rounding(dtype if widened else q.dtype, bias=arguments.bias is not None)
     sizes = attend(comm, q, k, v.abs(), arguments, name="attention's bound: sizes").out.double()
     scores = _largest_scores(comm, q.to(dtype), k.to(dtype), arguments)
     counts = _counts(comm, q, k, v, arguments)
@@ -118,18 +108,6 @@ def _from_sizes(
     bound = (7 * both).exp() * (both * (sizes + flushed) + (both + weights) * out) + 2 * flushed
     trivial = out + values  # no weighted mean is larger than the values that it is of
     return torch.where(both <= 0.5, torch.minimum(bound, trivial), trivial)
-
-
-def _leaf(kernel: Kernel, dtype: torch.dtype, unit: float, arguments: Arguments) -> Leaf:
-    if kernel.name == "reference":
-        return Leaf(2.0**-53, TORCH_LEAF)
-    if kernel.name in ("eager", "aten") or (kernel.name == "native" and arguments.bias is not None):
-        return Leaf(unit, TORCH_LEAF)
-    if not isinstance(kernel, NativeKernel):
-        raise Unsupported(f"return_bound knows native, eager, aten and reference: got {kernel.name}.")
-    pairs = kernel.instruction_set in ("amx", "avx512_bf16") and dtype == torch.bfloat16
-    as_it_is = not isinstance(arguments.scale, Tensor)  # else q becomes float32
-    return Leaf(unit, TORCH_LEAF + 3, WEIGHT_OF_BFLOAT16) if pairs and as_it_is else Leaf(unit, NATIVE_LEAF)
 
 
 def _largest_scores(comm: Communicator, q: Tensor, k: Tensor, arguments: Arguments) -> Tensor:

@@ -47,7 +47,12 @@ class AttentionState:
             )
 
     def is_finite(self) -> bool:
-        """Whether no row holds NaN or Inf; an empty row, whose lse is -inf, is as it should be."""
+        """Return whether no row holds NaN or Inf; an empty row, whose lse is -inf, is as it should be.
+
+        On meta there are no values, and nothing to report.
+        """
+        if self.lse.is_meta:
+            return True
         # The largest of numbers among which there is NaN is NaN.
         return not self.lse.numel() or (self.lse.max().item() < math.inf and all_finite(self.out))
 

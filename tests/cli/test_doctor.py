@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import sys
 
 import pytest
 import torch
 
-from shardsum.cli import doctor
-from shardsum.kernels import NativeKernel, as_kernel, compiled, why_not_native
+from shardsum.kernels import NativeKernel, as_kernel, compiled
 
 from .run import assert_refused, shardsum
 
@@ -26,8 +26,9 @@ def test_it_says_what_becomes_of_the_others_when_a_rank_of_mpi_dies(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "of your own pass it too" in shardsum(capsys, "doctor", "--json").json["mpi_lost_ranks"]
+    module = importlib.import_module("shardsum.cli.doctor")  # the package has a command of that name
     for found, words in (("true", "ends the whole job"), (None, "no mpiexec")):  # `true` is no Open MPI
-        monkeypatch.setattr(doctor, "find_mpiexec", lambda found=found: found)
+        monkeypatch.setattr(module, "find_mpiexec", lambda found=found: found)
         assert words in shardsum(capsys, "doctor", "--json").json["mpi_lost_ranks"]
 
 
@@ -37,7 +38,7 @@ def test_without_native_kernels_it_says_why(
     monkeypatch.setattr(compiled, "native_module", lambda: None)
     found = shardsum(capsys, "doctor", "--json").json
     assert found["kernel_on_cpu"] == "aten"
-    assert found["native_kernels"] == why_not_native()
+    assert found["native_kernels"] == NativeKernel.why_not()
     with pytest.raises(ValueError, match="built without its native kernels: install it again"):
         NativeKernel()
     with pytest.warns(UserWarning, match=r"built without its native kernels: .* kernel='auto' is 'aten'"):

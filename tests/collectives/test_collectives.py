@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import shardsum
-from shardsum import AttentionState, Mismatch, Unsupported, launch
+from shardsum import AttentionState, Mismatch, Unsupported, launch, packed
 from shardsum.collectives import (
     COLLECTIVES,
     MAXIMUM,
@@ -30,7 +30,7 @@ from shardsum.collectives import (
 )
 from shardsum.comm import Communicator, Ranks, Traffic, subgroup
 from shardsum.comm.threads import Hub, ThreadCommunicator
-from shardsum.kernels import merging, pack, unpack
+from shardsum.packed import pack, unpack
 
 from ..tolerances import assert_close
 
@@ -97,7 +97,7 @@ def test_states_on_every_rank_are_the_union_bit_for_bit(name: str, size: int) ->
 
 @pytest.mark.parametrize("name", MADE)
 def test_states_without_the_native_merge(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merging, "native_module", lambda: None)
+    monkeypatch.setattr(packed, "native_module", lambda: None)
     check_states(name, 5, 7, torch.float32)
 
 
@@ -363,7 +363,7 @@ def test_what_calls_in_inference_mode_leave_behind(
     name: str, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not native:
-        monkeypatch.setattr(merging, "native_module", lambda: None)
+        monkeypatch.setattr(packed, "native_module", lambda: None)
     q, k, v = (torch.randn(1, 4, 12, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
 
     def run(comm: Communicator) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import shardsum
 from shardsum.comm import Communicator
-from shardsum.kernels import that_run_here
+from shardsum.kernels import available
 from shardsum.scores import Scores
 from shardsum.strategies import STRATEGIES, Ring, Strategy
 
@@ -117,7 +117,7 @@ def draw(seed: int) -> Drawn:
         options |= {"dropout_p": 0.3, "seed": seed}
     layout = pick.choice(["contiguous", "zigzag", "striped", "weighted", "ragged"])
     kernel = pick.choices(["aten", "eager", "reference", "native"], [4, 1, 1, 4])[0]
-    kernel = kernel if kernel in that_run_here() else "aten"
+    kernel = kernel if kernel in available() else "aten"
     return _solved(Drawn(seed, ranks, strategy, layout, kernel, q_replicated, tensors, options, normal))
 
 

@@ -19,8 +19,7 @@ from torch import Tensor
 import shardsum
 from shardsum import KVCache, launch, tree
 from shardsum.comm import Communicator
-from shardsum.kernels import along_tree as fixed
-from shardsum.kernels import that_run_here
+from shardsum.kernels import along_tree, available
 from shardsum.strategies import STRATEGIES, Ulysses
 from shardsum.tree import Forest
 
@@ -128,8 +127,8 @@ def product(kernels: Iterable[str]) -> list[Case]:
     return [Case(*case) for case in itertools.product(kernels, LAYOUTS, STRATEGIES, MASKS, (1, 2))]
 
 
-NATIVE = product({"native"} & {*that_run_here()})
-OTHERS = product(name for name in that_run_here() if name != "native")
+NATIVE = product({"native"} & {*available()})
+OTHERS = product(name for name in available() if name != "native")
 
 
 def some(which: int, native: int, others: int) -> list[Case]:
@@ -167,7 +166,7 @@ def test_the_same_bits_of_many(transport: str, ranks: int) -> None:
     check(ranks, transport, MANY[transport, ranks])
 
 
-@pytest.mark.parametrize("kernel", that_run_here())
+@pytest.mark.parametrize("kernel", available())
 def test_the_same_bits_on_any_number_of_threads_of_a_rank(kernel: str) -> None:
     for threads in (2, 3):
         assert expected(kernel, "causal", "float32", threads) == expected(kernel, "causal", "float32")
@@ -175,10 +174,10 @@ def test_the_same_bits_on_any_number_of_threads_of_a_rank(kernel: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_other_dtypes(dtype: str) -> None:
-    check(3, "threads", [Case(kernel, "zigzag", "ring", "causal", dtype=dtype) for kernel in that_run_here()])
+    check(3, "threads", [Case(kernel, "zigzag", "ring", "causal", dtype=dtype) for kernel in available()])
 
 
-@pytest.mark.parametrize("kernel", that_run_here())
+@pytest.mark.parametrize("kernel", available())
 @pytest.mark.parametrize("mask", MASKS)
 def test_one_rank_is_right(kernel: str, mask: str) -> None:
     q, k, v, d_out = tensors(kernel)
@@ -211,7 +210,7 @@ def decoded(comm: Communicator, kernel: str, prompt: int, sharded: bool) -> list
     return [digest(x) for x in found]
 
 
-@pytest.mark.parametrize("kernel", that_run_here())
+@pytest.mark.parametrize("kernel", available())
 @pytest.mark.parametrize("prompt", [253, 767])
 def test_a_token_has_the_same_bits_decoded_and_prefilled(kernel: str, prompt: int) -> None:
     alone = decoded(shardsum.connect(), kernel, prompt, False)
@@ -219,7 +218,7 @@ def test_a_token_has_the_same_bits_decoded_and_prefilled(kernel: str, prompt: in
         assert launch(decoded, ranks, "threads", (kernel, prompt, sharded)) == [alone] * ranks
 
 
-@pytest.mark.parametrize("kernel", that_run_here())
+@pytest.mark.parametrize("kernel", available())
 def test_a_row_has_the_same_bits_in_any_batch(kernel: str) -> None:
     q, k, v, d_out = tensors(kernel)
     other = [torch.randn_like(x) for x in (q, k, v)]
@@ -264,7 +263,7 @@ def bits_of(comm: Communicator, strategy: str, kernel: str, what: str) -> list[s
 
 
 @pytest.mark.filterwarnings("ignore::shardsum.NonFiniteWarning")
-@pytest.mark.parametrize("kernel", [name for name in ("native", "eager") if name in that_run_here()])
+@pytest.mark.parametrize("kernel", [name for name in ("native", "eager") if name in available()])
 @pytest.mark.parametrize(
     "what", ["a bias", "a weight of zero times infinity", "subnormal gradients", "replicated queries"]
 )
@@ -325,7 +324,7 @@ CHANGED: dict[str, tuple[Any, str, str, str]] = {
         "found.pop(node)",
     ),
     "gradients of one segment and of all others": (
-        fixed,
+        along_tree,
         "_halves",
         "some.start + (SEGMENT << ((segments(_size(some)) - 1).bit_length() - 1))",
         "some.start + SEGMENT",
@@ -339,7 +338,7 @@ def test_a_changed_line_of_the_tree_is_seen(change: str, strategy: str, monkeypa
     home, name, line, other = CHANGED[change]
     source = textwrap.dedent(inspect.getsource(getattr(home, name)))
     assert source.count(line) == 1
-    kernel = "native" if NATIVE and home is not fixed else "eager"  # native sums gradients in C++, without `fixed`
+    kernel = "native" if NATIVE and home is not along_tree else "eager"  # native sums gradients in C++, without it
     cases = [Case(kernel, "contiguous", strategy, "causal")]
     check(2, "threads", cases)
     changed: dict[str, Any] = {}

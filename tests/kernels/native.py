@@ -10,8 +10,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shardsum.kernels.compiled import DECODE_ROWS, instruction_sets
+from shardsum.blocks import Dense
+from shardsum.extension import instruction_sets
+from shardsum.kernels.compiled import DECODE_ROWS
 from shardsum.kernels.native import NativeKernel
+from shardsum.masks import Bounds
 from shardsum.scores import Scores
 from shardsum.state import AttentionState
 
@@ -84,7 +87,17 @@ def check(
     many = q.shape[1] // k.shape[1] * q.shape[2] > DECODE_ROWS
     rounded = many and q.dtype == torch.bfloat16 and isa in ("amx", "avx512_bf16")
     tolerance = ROUNDED_WEIGHTS if rounded else STATE[q.dtype]
-    check_state(NativeKernel(isa).forward(q, k, v, lo, hi, scores), tolerance, q, k, v, lo, hi, scores, **options)
+    check_state(
+        NativeKernel(isa).forward(q, Dense(k, v), Bounds(lo, hi), scores),
+        tolerance,
+        q,
+        k,
+        v,
+        lo,
+        hi,
+        scores,
+        **options,
+    )
 
 
 def check_state(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shardsum.kernels import instruction_sets
+from shardsum.extension import instruction_sets
 
 from .test_fuzz import NATIVE, SANITIZERS
 

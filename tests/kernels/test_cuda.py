@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from shardsum.blocks import Dense
 from shardsum.errors import Unsupported
 from shardsum.kernels import AtenKernel, OutputGradient, aten, cuda
+from shardsum.masks import Bounds
 from shardsum.scores import Scores
 
 from .. import dense
@@ -107,11 +109,13 @@ def test_forward_and_backward_against_float64(kind: str, dtype: torch.dtype, hea
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     out, lse = dense.attention(*exact, seen, 0.4)
     expected = torch.autograd.grad(out, exact, d_out.double())
-    state = AtenKernel().forward(q, k, v, lo, hi, Scores(0.4))
+    state = AtenKernel().forward(q, Dense(k, v), Bounds(lo, hi), Scores(0.4))
     assert_close(state.out, out.detach(), STATE[dtype], "out")
     assert_close(state.lse, lse.detach(), STATE[dtype], "lse")
     delta = (d_out.float() * state.out).sum(dim=-1)
-    found = AtenKernel().backward(q, k, v, lo, hi, Scores(0.4), OutputGradient(d_out.float(), state.lse, delta))
+    found = AtenKernel().backward(
+        q, Dense(k, v), Bounds(lo, hi), Scores(0.4), OutputGradient(d_out.float(), state.lse, delta)
+    )
     for name, mine, whole in zip("qkv", (found.q, found.k, found.v), expected, strict=True):
         assert_close(mine, whole, STATE[dtype], f"d{name}")
 

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from shardsum.blocks import Dense
 from shardsum.kernels import Gradients, OutputGradient
 from shardsum.kernels.compiled import few_rows
 from shardsum.kernels.native import NativeKernel
+from shardsum.masks import Bounds
 from shardsum.problem import state_dtype
 from shardsum.scores import Scores
 
@@ -32,9 +34,9 @@ def check(
     expected = torch.autograd.grad((out, lse), exact, (d_out.double(), d_lse))
     delta = (d_out.double() * out).sum(dim=-1) - d_lse
     gradient = OutputGradient(*(x.detach().to(state_dtype(q.dtype)) for x in (d_out, lse, delta)))
-    found = NativeKernel(isa).backward(q, k, v, lo, hi, scores, gradient)
+    found = NativeKernel(isa).backward(q, Dense(k, v), Bounds(lo, hi), scores, gradient)
     sizes = _sizes_of_terms(q, k, v, seen, scores, gradient)
-    rounded = q.dtype == torch.bfloat16 and isa in ("amx", "avx512_bf16") and not few_rows(q, k)
+    rounded = q.dtype == torch.bfloat16 and isa in ("amx", "avx512_bf16") and not few_rows(q, k.shape[1])
     for what, mine, whole, size in zip("qkv", (found.q, found.k, found.v), expected, sizes, strict=True):
         assert mine.dtype == state_dtype(q.dtype)
         # Of the size of the terms: they cancel, and dP - delta is 0 for a row that sees one key.
@@ -103,12 +105,12 @@ def test_a_bad_key_value_row_or_gradient_reaches_those_it_meets_and_no_other(
     q, k, v, d_out = (normal(i, 2, heads, 300, 5, dtype=dtype) for i, heads in enumerate((2, 1, 1, 2)))
     lo, hi = causal(300, 300)
     lo = (hi - 100).clamp(min=0)
-    state = NativeKernel(isa).forward(q, k, v, lo, hi, Scores(0.4))
+    state = NativeKernel(isa).forward(q, Dense(k, v), Bounds(lo, hi), Scores(0.4))
     gradient = OutputGradient(d_out.to(state.out), state.lse, (d_out * state.out).sum(dim=-1))
-    clean = NativeKernel(isa).backward(q, k, v, lo, hi, Scores(0.4), gradient)
+    clean = NativeKernel(isa).backward(q, Dense(k, v), Bounds(lo, hi), Scores(0.4), gradient)
     k[0, 0, 270, 3] = v[1, 0, 271, 1] = q[0, 1, 10, 2] = bad
     gradient.out[1, 0, 20, 4] = bad
-    found = NativeKernel(isa).backward(q, k, v, lo, hi, Scores(0.4), gradient)
+    found = NativeKernel(isa).backward(q, Dense(k, v), Bounds(lo, hi), Scores(0.4), gradient)
     met_rows, met_keys = torch.zeros(2, 2, 300, dtype=torch.bool), torch.zeros(2, 1, 300, dtype=torch.bool)
     met_rows[0, :, 270:] = met_rows[1, :, 271:] = met_rows[0, 1, 10] = met_rows[1, 0, 20] = True
     met_keys[0, 0, 270] = met_keys[1, 0, 271] = met_keys[0, 0, :11] = met_keys[1, 0, :21] = True
@@ -131,7 +133,11 @@ def test_rows_that_see_nothing_and_weights_of_an_infinite_lse_give_nothing(isa: 
     assert torch.equal(found.q[:, :, :10], torch.zeros_like(found.q[:, :, :10]))
     gradient = OutputGradient(*(normal(i, 1, 2, 100, *size).float() for i, size in ((3, [20]), (4, []), (5, []))))
     nothing = NativeKernel(isa).backward(
-        q, k, v, hi * 0, hi, Scores(0.3), OutputGradient(gradient.out, gradient.lse + math.inf, gradient.delta)
+        q,
+        Dense(k, v),
+        Bounds(hi * 0, hi),
+        Scores(0.3),
+        OutputGradient(gradient.out, gradient.lse + math.inf, gradient.delta),
     )
     for some in (nothing.q, nothing.k, nothing.v):
         assert torch.equal(some, torch.zeros_like(some))
@@ -158,7 +164,7 @@ def test_no_rows_or_no_keys(isa: str, q_len: int, kv_len: int) -> None:
     )
     bounds, row = torch.zeros(1, q_len).long(), torch.zeros(1, 2, q_len)
     gradient = OutputGradient(torch.zeros(1, 2, q_len, 5), row - math.inf, row)
-    found = NativeKernel(isa).backward(q, k, v, bounds, bounds, Scores(1.0), gradient)
+    found = NativeKernel(isa).backward(q, Dense(k, v), Bounds(bounds, bounds), Scores(1.0), gradient)
     for some, like in zip((found.q, found.k, found.v), (q, k, v), strict=True):
         assert torch.equal(some, torch.zeros_like(like))
 
@@ -194,7 +200,7 @@ def test_float32_is_about_as_accurate_as_aten(isa: str) -> None:
         d_out, q, k, v, aten_out, aten_lse, 0.0, True
     )
     gradient = OutputGradient(d_out, lse.detach().float(), (d_out * out).sum(dim=-1).detach().float())
-    ours = NativeKernel(isa).backward(q, k, v, *causal(1024, 1024), Scores(0.125), gradient)
+    ours = NativeKernel(isa).backward(q, Dense(k, v), Bounds(*causal(1024, 1024)), Scores(0.125), gradient)
     for mine, other, whole in zip((ours.q, ours.k, ours.v), theirs, expected, strict=True):
         assert relative_norm(mine, whole) <= 1.2 * relative_norm(other, whole)
 
@@ -206,7 +212,7 @@ def test_scores_are_those_of_the_forward(isa: str, head_dim: int) -> None:
     q, k = (2 * normal(i, 1, 2, 150, head_dim, dtype=torch.float32) for i in range(2))
     v, d_out = (normal(i, 1, 2, 150, 16, dtype=torch.float32) for i in range(2))
     lo, scores = torch.arange(150).unsqueeze(0), Scores(head_dim**-0.5)
-    lse = NativeKernel(isa).forward(q, k, v, lo, lo + 1, scores).lse
+    lse = NativeKernel(isa).forward(q, Dense(k, v), Bounds(lo, lo + 1), scores).lse
     gradient = OutputGradient(d_out, lse, (d_out * v).sum(dim=-1))
-    found = NativeKernel(isa).backward(q, k, v, lo, lo + 1, scores, gradient)
+    found = NativeKernel(isa).backward(q, Dense(k, v), Bounds(lo, lo + 1), scores, gradient)
     assert relative_norm(found.v, d_out) < 3e-7

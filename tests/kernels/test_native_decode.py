@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardsum.blocks import Dense
 from shardsum.kernels.compiled import DECODE_ROWS
 from shardsum.kernels.native import NativeKernel
+from shardsum.masks import Bounds
 from shardsum.scores import Scores
 
 from .. import dense
@@ -43,13 +45,16 @@ def test_many_chunks_of_sequences_of_different_lengths(isa: str, dtype: torch.dt
     hi = torch.tensor([[3000], [1], [0], [1500]])
     for b in range(4):
         k[b, :, int(hi[b]) :] = v[b, :, int(hi[b]) :] = math.nan
-    state = NativeKernel(isa).forward(q, k, v, (hi - 2000).clamp(min=0), hi, Scores(0.125))
+    state = NativeKernel(isa).forward(q, Dense(k, v), Bounds((hi - 2000).clamp(min=0), hi), Scores(0.125))
     assert torch.equal(state.out[2], torch.zeros_like(state.out[2]))
     assert bool((state.lse[2] == -torch.inf).all())
     kept = visible(torch.zeros_like(hi), hi, 3000).squeeze(1)[:, None, :, None]
     check(isa, q, k.masked_fill(~kept, 0), v.masked_fill(~kept, 0), (hi - 2000).clamp(min=0), hi, Scores(0.125))
     clean = NativeKernel(isa).forward(
-        q, k.masked_fill(~kept, 0), v.masked_fill(~kept, 0), (hi - 2000).clamp(min=0), hi, Scores(0.125)
+        q,
+        Dense(k.masked_fill(~kept, 0), v.masked_fill(~kept, 0)),
+        Bounds((hi - 2000).clamp(min=0), hi),
+        Scores(0.125),
     )
     assert torch.equal(state.out, clean.out)
     assert torch.equal(state.lse, clean.lse)
@@ -79,8 +84,10 @@ def test_a_bad_value_reaches_the_rows_that_see_it_and_no_other(isa: str, dtype: 
     v[0, 0, 697, 3] = v[1, 0, 17, 1] = k[1, 0, 699, 2] = bad
     lo, hi = causal(6, 699)
     check(isa, q, k, v, lo, hi, Scores(0.4))
-    clean = NativeKernel(isa).forward(q, k.nan_to_num(0, 0, 0), v.nan_to_num(0, 0, 0), lo, hi, Scores(0.4))
-    state = NativeKernel(isa).forward(q, k, v, lo, hi, Scores(0.4))
+    clean = NativeKernel(isa).forward(
+        q, Dense(k.nan_to_num(0, 0, 0), v.nan_to_num(0, 0, 0)), Bounds(lo, hi), Scores(0.4)
+    )
+    state = NativeKernel(isa).forward(q, Dense(k, v), Bounds(lo, hi), Scores(0.4))
     unseen = hi[0] <= 697
     assert bool(unseen.any())
     assert torch.equal(state.out[0][:, unseen], clean.out[0][:, unseen])
@@ -95,7 +102,7 @@ def test_scores_of_80_of_either_sign(isa: str, dtype: torch.dtype) -> None:
         normal(2, 1, 2, 1300, 8, dtype=dtype),
     )
     k[:, 0], k[:, 1] = k[:, 0] / 16 + 5, k[:, 1] / 16 - 5
-    state = NativeKernel(isa).forward(q, k, v, *causal(1, 1300), Scores(1.0))
+    state = NativeKernel(isa).forward(q, Dense(k, v), Bounds(*causal(1, 1300)), Scores(1.0))
     out, lse = dense.attention(q, k, v, visible(*causal(1, 1300), 1300), 1.0)
     # A score of 80 is uncertain by 80 * 2^-24.
     assert relative_norm(state.out, out) <= (1e-13 if dtype == torch.float64 else 2e-5)
@@ -114,10 +121,10 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(
     lo, hi = causal(5, 2700)
     lo = (hi - 1450).clamp(min=0)
     kernel, threads = NativeKernel(isa), torch.get_num_threads()
-    whole = kernel.forward(q, k, v, lo, hi, Scores(0.15))
+    whole = kernel.forward(q, Dense(k, v), Bounds(lo, hi), Scores(0.15))
     try:
         torch.set_num_threads(3 - min(threads, 2))
-        other = kernel.forward(q, k, v, lo, hi, Scores(0.15))
+        other = kernel.forward(q, Dense(k, v), Bounds(lo, hi), Scores(0.15))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(whole.out, other.out)

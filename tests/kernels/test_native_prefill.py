@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardsum.blocks import Dense
 from shardsum.kernels.compiled import DECODE_ROWS
 from shardsum.kernels.native import NativeKernel
+from shardsum.masks import Bounds
 from shardsum.scores import Scores
 
 from .. import dense
@@ -50,7 +52,7 @@ def test_a_score_of_many_elements_is_as_exact_as_one_of_few(isa: str, head_dim: 
     """Each row sees one key, and lse is its score."""
     q, k, v = (normal(i, 4, 4, length, head_dim, dtype=torch.float32) for i, length in enumerate((150, 1, 1)))
     lo = torch.zeros(1, 150, dtype=torch.int64)
-    lse = NativeKernel(isa).forward(q, k, v, lo, lo + 1, Scores(head_dim**-0.5)).lse
+    lse = NativeKernel(isa).forward(q, Dense(k, v), Bounds(lo, lo + 1), Scores(head_dim**-0.5)).lse
     exact = (q.double() @ k.double().mT).squeeze(-1) * head_dim**-0.5
     assert float(((lse - exact).abs() / exact.abs().clamp(min=1)).max()) < 1.5e-6
 
@@ -73,8 +75,10 @@ def test_a_bad_value_reaches_the_rows_that_see_it_and_no_other(isa: str, dtype: 
     v[0, 0, 270, 3] = v[1, 0, 17, 1] = k[1, 0, 299, 2] = bad
     lo, hi = causal(300, 299)
     check(isa, q, k, v, lo, hi, Scores(0.4))
-    clean = NativeKernel(isa).forward(q, k.nan_to_num(0, 0, 0), v.nan_to_num(0, 0, 0), lo, hi, Scores(0.4))
-    state = NativeKernel(isa).forward(q, k, v, lo, hi, Scores(0.4))
+    clean = NativeKernel(isa).forward(
+        q, Dense(k.nan_to_num(0, 0, 0), v.nan_to_num(0, 0, 0)), Bounds(lo, hi), Scores(0.4)
+    )
+    state = NativeKernel(isa).forward(q, Dense(k, v), Bounds(lo, hi), Scores(0.4))
     unseen = hi[0] <= 270
     assert torch.equal(state.out[0][:, unseen], clean.out[0][:, unseen])
 
@@ -88,10 +92,10 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(
     lo, hi = causal(700, 700)
     lo = (hi - 450).clamp(min=0)
     kernel, threads = NativeKernel(isa), torch.get_num_threads()
-    whole = kernel.forward(q, k, v, lo, hi, Scores(0.15))
+    whole = kernel.forward(q, Dense(k, v), Bounds(lo, hi), Scores(0.15))
     try:
         torch.set_num_threads(3 - min(threads, 2))
-        other = kernel.forward(q, k, v, lo, hi, Scores(0.15))
+        other = kernel.forward(q, Dense(k, v), Bounds(lo, hi), Scores(0.15))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(whole.out, other.out)
@@ -100,7 +104,7 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(
         row = slice(i, i + DECODE_ROWS + 1)  # so many that it is prefill
         end = int(hi[0, row][-1])
         alone = kernel.forward(
-            q[1:, :2, row], k[1:, :1, :end], v[1:, :1, :end], lo[:, row], hi[:, row], Scores(0.15)
+            q[1:, :2, row], Dense(k[1:, :1, :end], v[1:, :1, :end]), Bounds(lo[:, row], hi[:, row]), Scores(0.15)
         )
         assert torch.equal(alone.out, whole.out[1:, :2, row])
         assert torch.equal(alone.lse, whole.lse[1:, :2, row])
@@ -110,7 +114,7 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(
 def test_float32_is_no_less_accurate_than_aten(isa: str) -> None:
     q, k, v = (normal(i, 1, 2, 1024, 64, dtype=torch.float32) for i in range(3))
     lo, hi = causal(1024, 1024)
-    state = NativeKernel(isa).forward(q, k, v, lo, hi, Scores(0.125))
+    state = NativeKernel(isa).forward(q, Dense(k, v), Bounds(lo, hi), Scores(0.125))
     aten, aten_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[:2]
     out, lse = dense.attention(q, k, v, dense.visible(1024, 1024, causal=True))
     assert relative_norm(state.out, out) <= 1.05 * relative_norm(aten, out)
@@ -129,7 +133,7 @@ def test_one_key_has_all_the_weight_however_large_its_score(
     k, v = normal(1, 1, 2, rows, 24, dtype=dtype), normal(2, 1, 2, rows, 24, dtype=dtype)
     lo = torch.arange(rows).unsqueeze(0)  # row i sees key i alone
     kernel = NativeKernel(isa)
-    state = (kernel.forward_tree if by_tree else kernel.forward)(q, k, v, lo, lo + 1, Scores(0.3))
+    state = (kernel.forward_tree if by_tree else kernel.forward)(q, Dense(k, v), Bounds(lo, lo + 1), Scores(0.3))
     assert relative_norm(state.out, v.double()) < (1e-15 if dtype == torch.float64 else 3e-7)
     scores = 0.3 * (q.double() * k.double()).sum(dim=-1)
     terms = 0.3 * (q.double() * k.double()).abs().sum(dim=-1)

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from shardsum.blocks import Int8
 from shardsum.kernels.compiled import DECODE_ROWS
 from shardsum.kernels.native import NativeKernel
+from shardsum.masks import Bounds
 from shardsum.quantized import Quantized
 from shardsum.scores import Scores
 
@@ -33,7 +35,7 @@ def of_16_bits(q: Tensor) -> Tensor:
 def check_quantized(
     isa: str, q: Tensor, k: Quantized, v: Quantized, lo: Tensor, hi: Tensor, scores: Scores, **options: object
 ) -> None:
-    state = NativeKernel(isa).forward_quantized(q, k, v, lo, hi, scores)
+    state = NativeKernel(isa).forward(q, Int8(k, v), Bounds(lo, hi), scores)
     exact = [x.dequantized(torch.float64) for x in (k, v)]
     integers = isa in ("amx", "avx512_bf16") and q.dtype != torch.float64
     tolerance = OF_16_BITS if integers else STATE[q.dtype]
@@ -46,7 +48,7 @@ def test_queries_and_values_of_any_size(isa: str) -> None:
     k, v = quantized(1, 1, 4, 300, 64), quantized(2, 1, 4, 300, 64)
     k, v = Quantized(k.numbers, k.scales * 10), Quantized(v.numbers, v.scales * 1e-20)
     lo, hi = causal(1, 300)
-    state = NativeKernel(isa).forward_quantized(q, k, v, lo, hi, Scores(0.125))
+    state = NativeKernel(isa).forward(q, Int8(k, v), Bounds(lo, hi), Scores(0.125))
     exact = [x.dequantized(torch.float64) for x in (k, v)]
     expected, _ = dense.attention(q, *exact, torch.ones(1, 1, 300).bool(), 0.125)
     for head in range(4):
@@ -58,7 +60,7 @@ def test_what_is_not_finite_shows(isa: str) -> None:
     q, k, v = normal(0, 1, 4, 1, 64, dtype=torch.float32), quantized(1, 1, 4, 100, 64), quantized(2, 1, 4, 100, 64)
     q[0, 0, 0, 3], k.scales[0, 1, 70], v.scales[0, 2, 70] = math.nan, math.nan, math.nan
     lo, hi = causal(1, 100)
-    out = NativeKernel(isa).forward_quantized(q, k, v, lo, hi, Scores(0.125)).out
+    out = NativeKernel(isa).forward(q, Int8(k, v), Bounds(lo, hi), Scores(0.125)).out
     assert out.isnan().all(dim=3).flatten().tolist() == [True, True, True, False]
 
 
@@ -92,11 +94,11 @@ def test_rows_beyond_a_sequence_do_not_matter(isa: str, group: int) -> None:
     k, v = (quantized(i, 4, 2, 3000, 64) for i in (1, 2))
     hi = torch.tensor([[3000], [1], [0], [1500]])
     lo = (hi - 2000).clamp(min=0)
-    clean = NativeKernel(isa).forward_quantized(q, k, v, lo, hi, Scores(0.125))
+    clean = NativeKernel(isa).forward(q, Int8(k, v), Bounds(lo, hi), Scores(0.125))
     for b in range(4):
         for x in (k, v):
             x.scales[b, :, int(hi[b]) :] = x.scales[b, :, : int(lo[b])] = math.nan
-    state = NativeKernel(isa).forward_quantized(q, k, v, lo, hi, Scores(0.125))
+    state = NativeKernel(isa).forward(q, Int8(k, v), Bounds(lo, hi), Scores(0.125))
     assert torch.equal(state.out, clean.out)
     assert torch.equal(state.lse, clean.lse)
     assert torch.equal(state.out[2], torch.zeros_like(state.out[2]))

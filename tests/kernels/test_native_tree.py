@@ -9,14 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shardsum.kernels.merging import pack
 from torch import Tensor
 
+from shardsum.blocks import Dense
 from shardsum.collectives import MERGE, combine_all
 from shardsum.errors import Unsupported
-from shardsum.kernels.compiled import instruction_sets
+from shardsum.extension import instruction_sets
 from shardsum.kernels.native import NativeKernel
 from shardsum.kernels.operators import attention_forward
+from shardsum.masks import Bounds
+from shardsum.packed import pack
 from shardsum.scores import Scores
 from shardsum.state import AttentionState
 from shardsum.tree import SEGMENT
@@ -46,7 +48,7 @@ class Call:
     scores: Scores
 
     def state(self, isa: str) -> AttentionState:
-        return NativeKernel(isa).forward_tree(self.q, self.k, self.v, self.lo, self.hi, self.scores)
+        return NativeKernel(isa).forward_tree(self.q, Dense(self.k, self.v), Bounds(self.lo, self.hi), self.scores)
 
     def state_by(self, isa: str, segment: int) -> AttentionState:
         """The plain state over segments of another size."""
@@ -125,7 +127,7 @@ def on_threads(threads: int, run: Callable[[], AttentionState]) -> AttentionStat
 @settings(max_examples=20)
 @given(st.data())
 def test_any_shape_interval_dtype_stride_and_option(isa: str, data: st.DataObject) -> None:
-    (q, *others), options = drawn(
+    (q, k, v, lo, hi, scores), options = drawn(
         data,
         (2, 2, 4),
         lambda group: data.draw(st.sampled_from([1, 5, 150])),
@@ -134,9 +136,9 @@ def test_any_shape_interval_dtype_stride_and_option(isa: str, data: st.DataObjec
         dims,
         steepest=0.01,
     )
-    state = NativeKernel(isa).forward_tree(q, *others)
+    state = NativeKernel(isa).forward_tree(q, Dense(k, v), Bounds(lo, hi), scores)
     rounded = q.dtype == torch.bfloat16 and isa in ("amx", "avx512_bf16")
-    check_state(state, ROUNDED_WEIGHTS if rounded else STATE[q.dtype], q, *others, **options)
+    check_state(state, ROUNDED_WEIGHTS if rounded else STATE[q.dtype], q, k, v, lo, hi, scores, **options)
 
 
 @best_and_plainest

@@ -15,12 +15,13 @@ from torch import Tensor
 import shardsum
 from shardsum import launch
 from shardsum.comm import Communicator
-from shardsum.kernels import NativeKernel, instruction_sets, that_run_here
+from shardsum.extension import instruction_sets
+from shardsum.kernels import NativeKernel, available
 from shardsum.problem import state_dtype
 
 from .. import dense, exact
 
-KERNELS = [name for name in that_run_here() if name != "native"] + [f"native {isa}" for isa in instruction_sets()]
+KERNELS = [name for name in available() if name != "native"] + [f"native {isa}" for isa in instruction_sets()]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 MASKS: list[dict[str, Any]] = [
     {},

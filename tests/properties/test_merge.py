@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shardsum import AttentionState, merge
 from shardsum.collectives import MERGE, combine_all
-from shardsum.kernels import pack, unpack
+from shardsum.packed import pack, unpack
 
 from ..tolerances import assert_close
 

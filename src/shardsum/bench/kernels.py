@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import attention
+from ..blocks import Dense, Int8
 from ..comm import connect
 from ..kernels import NativeKernel
 from ..kernels.limits import flops_per_second, read_bytes_per_second
+from ..masks import Bounds
 from ..quantized import Quantized
 from ..scores import Scores
 from .timing import alternate, machine, ratio
@@ -144,19 +146,20 @@ def _sides(work: Work) -> Sides:
     causal = work.causal and rows > 1
     hi = torch.arange(1, rows + 1).unsqueeze(0) if causal else torch.full((1, rows), work.length)
     scores, lo = Scores(work.head_dim**-0.5), torch.zeros(1, rows, dtype=torch.int64)
+    bounds, block = Bounds(lo, hi), Dense(k, v)
     kernel = NativeKernel()
     if work.reproducible:
         return {
-            "native": lambda: kernel.forward_tree(q, k, v, lo, hi, scores),
-            FREE: lambda: kernel.forward(q, k, v, lo, hi, scores),
+            "native": lambda: kernel.forward_tree(q, block, bounds, scores),
+            FREE: lambda: kernel.forward(q, block, bounds, scores),
         }
     if work.dtype == "int8":
-        held = Quantized.of(k), Quantized.of(v)
+        of_int8 = Int8(Quantized.of(k), Quantized.of(v))
         return {
-            "native": lambda: kernel.forward_quantized(q, *held, lo, hi, scores),
-            "native bfloat16": lambda: kernel.forward(q, k, v, lo, hi, scores),
+            "native": lambda: kernel.forward(q, of_int8, bounds, scores),
+            "native bfloat16": lambda: kernel.forward(q, block, bounds, scores),
         }
-    sides: Sides = {"native": lambda: kernel.forward(q, k, v, lo, hi, scores)}
+    sides: Sides = {"native": lambda: kernel.forward(q, block, bounds, scores)}
     if work.what == "decode":
         folded = q.view(work.batch, work.kv_heads, -1, work.head_dim)
         operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

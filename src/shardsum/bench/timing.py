@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..kernels import instruction_sets
+from ..extension import instruction_sets
 
 
 def alternate(

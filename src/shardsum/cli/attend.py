@@ -14,7 +14,7 @@ import torch
 from ..arrays import SUFFIXES, open_array, save_array, take
 from ..attention import attention
 from ..comm import Communicator, agree, mistakes_reach_all
-from ..kernels import KERNELS
+from ..kernels import available
 from ..layouts import NAMES, Layout
 from ..problem import Sizes
 from ..sharding import check_weighted, unshard, weighted_sum
@@ -47,7 +47,7 @@ STRATEGY = next(name for name, strategy in STRATEGIES.items() if strategy.keys_s
     show_default=True,
     help=f"{STRATEGY} moves queries and results only.",
 )
-@click.option("--kernel", type=click.Choice(["auto", *KERNELS]), default="auto", show_default=True)
+@click.option("--kernel", type=click.Choice(["auto", *sorted(available())]), default="auto", show_default=True)
 @click.option("--reproducible", is_flag=True, help="The same bits on any number of ranks, and in any layout.")
 @rank_options(RANKS)
 def attend(ranks: int | None, transport: str | None, as_json: bool, output: str, **options: Any) -> None:

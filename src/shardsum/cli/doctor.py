@@ -15,7 +15,8 @@ from rich.table import Table
 from .. import __version__
 from ..comm.connect import mpi_installed
 from ..comm.processes import find_mpiexec, reports_lost_ranks
-from ..kernels import chosen, instruction_sets, why_not_native
+from ..extension import instruction_sets
+from ..kernels import NativeKernel, chosen
 from .common import console, is_first_rank, print_json
 
 
@@ -50,7 +51,7 @@ def examine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "kernel_on_cpu": chosen(),
-        "native_kernels": why_not_native() or "built",
+        "native_kernels": NativeKernel.why_not() or "built",
         "instruction_sets": instruction_sets(),
         "kernel_on_cuda": "aten" if cuda else "no CUDA device",
         "mpi": _mpi(),

@@ -86,7 +86,7 @@ class Case(NamedTuple):
 
 
 def _cases() -> list[Case]:
-    products = itertools.product(STRATEGIES, LAYOUTS, MASKS, kernels.that_run_here(), (False, True))
+    products = itertools.product(STRATEGIES, LAYOUTS, MASKS, kernels.available(), (False, True))
     return [Case(*each) for each in products]
 
 
@@ -173,7 +173,7 @@ def _show(results: list[dict[str, Any]], failures: list[dict[str, Any]]) -> None
     out.print(
         f"{total - len(failures):,} of {total:,} cases agree with float64 on each of {size} ranks, to "
         f"{TOLERANCE:g} (the largest relative error of {len(MASKS)} masks, "
-        f"{len(kernels.that_run_here())} kernels, queries sharded and replicated)."
+        f"{len(kernels.available())} kernels, queries sharded and replicated)."
     )
     for failure in failures[:20]:
         out.print("wrong: " + ", ".join(f"{key} {value}" for key, value in failure.items()))

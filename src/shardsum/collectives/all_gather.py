@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..comm import Communicator, Ranks, Traffic
 from ..memory import kept_memory
-from ..packed import OfState, packed_shape, packer
+from ..packed import StateOperation, packed_shape, packer
 from ..state import AttentionState
 from .base import Collective
 from .operations import Operation, combine_all, merger_of_all
@@ -42,7 +42,9 @@ class GatherAll(Collective):
         return ranks.size - 1
 
 
-def _prepare(comm: Communicator, like: AttentionState) -> tuple[tuple[OfState, Callable[[], None], OfState], int]:
+def _prepare(
+    comm: Communicator, like: AttentionState
+) -> tuple[tuple[StateOperation, Callable[[], None], StateOperation], int]:
     """What packs a state, gathers all ranks' and merges them, in memory of its own, and the bytes of that."""
     whole = kept_memory(comm.size, *packed_shape(like), dtype=like.out.dtype, device=like.out.device)
     pieces = whole.unbind()

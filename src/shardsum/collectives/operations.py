@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..packed import OfState, merge_packed, merger
+from ..packed import StateOperation, merge_packed, merger
 from ..state import AttentionState
 
 
@@ -53,7 +53,7 @@ def combine_all(pieces: Sequence[Tensor], operation: Operation, into: Tensor) ->
     operation.combine(pieces[a], pieces[b], into)
 
 
-def merger_of_all(pieces: Sequence[Tensor]) -> OfState:
+def merger_of_all(pieces: Sequence[Tensor]) -> StateOperation:
     """What writes the merge of two or more pieces to a contiguous state: what `combine_all` makes of them."""
     *inner, (a, b) = _tree(len(pieces))
     merge_last = merger(pieces[a], pieces[b])

@@ -6,50 +6,44 @@ import functools
 import warnings
 
 import torch
-from torch import Tensor
 
 from ..errors import Unsupported
-from ..packed import merge_alike, pack, unpack
 from .aten import AtenKernel
-from .base import Gradients, Kernel, OutputGradient
-from .compiled import instruction_sets, why_not_native
+from .base import Dims, Gradients, Kernel, Leaf, OutputGradient
+from .costing import CostingKernel
 from .native import NativeKernel
 from .reference import EagerKernel, ReferenceKernel
 
+# In the order in which "auto" prefers them.
 KERNELS: dict[str, type[Kernel]] = {
-    "aten": AtenKernel,
-    "eager": EagerKernel,
-    "native": NativeKernel,
-    "reference": ReferenceKernel,
+    kernel.name: kernel for kernel in (NativeKernel, AtenKernel, EagerKernel, ReferenceKernel, CostingKernel)
 }
 
 __all__ = [
     "KERNELS",
     "AtenKernel",
+    "CostingKernel",
+    "EagerKernel",
     "Gradients",
     "Kernel",
+    "Leaf",
     "NativeKernel",
     "OutputGradient",
     "ReferenceKernel",
     "as_kernel",
+    "available",
     "chosen",
-    "instruction_sets",
-    "merge_alike",
-    "pack",
-    "that_run_here",
-    "unpack",
-    "why_not_native",
 ]
 
 
-def that_run_here() -> list[str]:
-    """The names of the kernels that CPU tensors can use in this installation."""
-    return [name for name in KERNELS if name != NativeKernel.name or why_not_native() is None]
+def available(device: torch.device | None = None, dims: Dims = ()) -> list[str]:
+    """Return the names of the kernels that compute here, such tensors if these are told, the preferred first."""
+    return [name for name, kernel in KERNELS.items() if kernel.computes and kernel.why_not(device, dims) is None]
 
 
-def chosen(q: Tensor | None = None, v: Tensor | None = None) -> str:
-    """The name of the kernel that "auto" is: `native` where it can take q and v, else `aten`."""
-    return "native" if why_not_native(q, v) is None else "aten"
+def chosen(device: torch.device | None = None, dims: Dims = ()) -> str:
+    """Return the name of the kernel that "auto" is, for tensors on this device of these head_dim and v_dim."""
+    return available(device, dims)[0]
 
 
 @functools.cache
@@ -57,27 +51,20 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def as_kernel(kernel, device=None, dims=()):
-    """The kernel itself, or a new one of that name; "auto" is what `chosen` says.
+def as_kernel(kernel: str | Kernel, device: torch.device | None = None, dims: Dims = ()) -> Kernel:
+    """Return the kernel itself, or a new one of that name; "auto" is what `chosen` says.
 
-    It warns, once, where "auto" is the slower kernel because the package was built without the other.
+    It warns, once, where "auto" is a slower kernel because the package was built without the preferred one.
     """
     if isinstance(kernel, Kernel):
         return kernel
     name = kernel
     if kernel == "auto":
-        name, missing = (
-            (
-                "native"
-                if why_not_native() is None
-                and max(dims, default=0) <= 512
-                and (device is None or torch.device(device).type in ("cpu", "meta"))
-                else "aten"
-            ),
-            why_not_native(),
-        )
+        name = chosen(device, dims)
+        missing = next(iter(KERNELS.values())).why_not()
         if missing is not None:
             _warn_once(f"{missing} kernel='auto' is {name!r}; asked for by name it says nothing.")
     if name not in KERNELS:
-        raise Unsupported(f"kernel must be auto, {', '.join(sorted(KERNELS))}: got {kernel!r}.")
+        names = sorted(name for name, known in KERNELS.items() if known.computes)
+        raise Unsupported(f"kernel must be auto, {', '.join(names)}: got {kernel!r}.")
     return KERNELS[name]()

@@ -15,15 +15,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..blocks import Block, Dense
+from ..masks import Bounds
 from ..packed import merge_alike
 from ..problem import state_dtype
 from ..scores import Scores
 from ..state import AttentionState
 from ..tree import SEGMENT, Forest, Node, segments
-from .base import Bounds, Gradients, Kernel, Keys, OutputGradient, Queries, Values
+from .base import Gradients, Kernel, OutputGradient, Queries
 
 ROWS = 16  # of a piece: few, since one query is padded to as many
-Intervals = Sequence[tuple[Bounds, Bounds]]
+Intervals = Sequence[Bounds]
 Spans = Sequence[tuple[Node, slice]]  # nodes, and where in a tensor their positions lie
 
 
@@ -38,20 +40,18 @@ def _one_thread() -> Iterator[None]:
 
 
 @_one_thread()
-def state_by_pieces(
-    kernel: Kernel, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores
-) -> AttentionState:
-    """`kernel.forward` along the tree over the segments of k, computed piece by piece."""
-    count = segments(k.shape[2])
-    nothing = AttentionState.empty(*q.shape[:3], v.shape[3], dtype=state_dtype(q.dtype), device=q.device)
+def state_by_pieces(kernel: Kernel, q: Queries, block: Dense, bounds: Bounds, scores: Scores) -> AttentionState:
+    """Compute `kernel.forward` along the tree over the block's segments, piece by piece."""
+    count = segments(block.kv_len)
+    nothing = AttentionState.empty(*q.shape[:3], block.v_dim, dtype=state_dtype(q.dtype), device=q.device)
     forest = Forest(count, merge_alike, nothing, {})
     for segment in range(count):
         state = AttentionState(nothing.out.clone(), nothing.lse.clone())
-        for b, h, rows, keys in _pieces(q, k, segment):
-            bounds = _bounds(lo, hi, b, rows, keys)
-            if bool((bounds[0] < bounds[1]).any()):
+        for b, h, rows, keys in _pieces(q, block, segment):
+            piece = _bounds(bounds, b, rows, keys)
+            if bool((piece.lo < piece.hi).any()):
                 part = scores.some(b, h, rows, keys)
-                found = kernel.forward_dense(_row(q, b, h, rows), *_key_rows(q, k, v, b, h, keys), *bounds, part)
+                found = kernel.forward(_row(q, b, h, rows), _key_rows(q, block, b, h, keys), piece, part)
                 own = slice(int(rows[0]), int(rows[-1]) + 1)
                 state.out[b, h, own] = found.out[0, 0, : own.stop - own.start] + 0.0
                 state.lse[b, h, own] = found.lse[0, 0, : own.stop - own.start]
@@ -61,33 +61,25 @@ def state_by_pieces(
 
 @_one_thread()
 def gradients_by_pieces(
-    kernel: Kernel,
-    q: Queries,
-    k: Keys,
-    v: Values,
-    lo: Bounds,
-    hi: Bounds,
-    scores: Scores,
-    gradient: OutputGradient,
+    kernel: Kernel, q: Queries, block: Dense, bounds: Bounds, scores: Scores, gradient: OutputGradient
 ) -> Gradients:
-    """`kernel.backward` of one segment of k, computed piece by piece and added up in one order."""
+    """Compute `kernel.backward` over one segment of keys, piece by piece and added up in one order."""
     dtype = state_dtype(q.dtype)
-    d_q, d_k, d_v = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
+    d_q, d_k, d_v = (torch.zeros_like(x, dtype=dtype) for x in (q, block.k, block.v))
     d_bias = None if scores.bias is None else torch.zeros_like(scores.bias, dtype=dtype)
-    group = q.shape[1] // k.shape[1]
-    for b, h, rows, keys in _pieces(q, k, 0):
-        bounds = _bounds(lo, hi, b, rows, keys)
-        if not bool((bounds[0] < bounds[1]).any()):
+    group = q.shape[1] // block.kv_heads
+    for b, h, rows, keys in _pieces(q, block, 0):
+        piece = _bounds(bounds, b, rows, keys)
+        if not bool((piece.lo < piece.hi).any()):
             continue
         flowing = OutputGradient(
             _row(gradient.out, b, h, rows),
             gradient.lse[b, h, rows][None, None],
             gradient.delta[b, h, rows][None, None],
         )
-        found = kernel.backward_dense(
-            _row(q, b, h, rows), *_key_rows(q, k, v, b, h, keys), *bounds, scores.some(b, h, rows, keys), flowing
-        )
-        own, size = slice(int(rows[0]), int(rows[-1]) + 1), k.shape[2]
+        inputs = (_row(q, b, h, rows), _key_rows(q, block, b, h, keys), piece, scores.some(b, h, rows, keys))
+        found = kernel.backward(*inputs, flowing)
+        own, size = slice(int(rows[0]), int(rows[-1]) + 1), block.kv_len
         d_q[b, h, own] = found.q[0, 0, : own.stop - own.start]
         d_k[b, h // group] += found.k[0, 0, :size]
         d_v[b, h // group] += found.v[0, 0, :size]
@@ -98,43 +90,44 @@ def gradients_by_pieces(
 
 
 def states_of_nodes(
-    kernel: Kernel, q, block, intervals: Intervals, scores: Scores, of_keys: Spans, kv_len: int
+    kernel: Kernel, q: Queries, block: Block, intervals: Intervals, scores: Scores, spans: Spans, kv_len: int
 ) -> Forest[AttentionState]:
-    """The states of all rows over these keys' nodes in a tree over `kv_len` keys, for each of the intervals."""
-    block = block.dense(q.dtype)
-    k, v = block.k, block.v
+    """Return the states of all rows over the nodes that a block's keys make, for each of the intervals.
+
+    The nodes are of a tree over `kv_len` keys.
+    """
     nodes: dict[Node, AttentionState] = {}
-    for (node, some), (part, bounds) in itertools.product(of_keys, enumerate(intervals)):
-        lo, hi = (bound.clamp(some.start, some.stop) - some.start for bound in bounds)
-        found = kernel.forward_tree_dense(q, k[:, :, some], v[:, :, some], lo, hi, scores.some_keys(some))
-        nodes[node._replace(part=part)] = found
-    nothing = AttentionState.empty(*q.shape[:3], v.shape[3], dtype=state_dtype(q.dtype), device=q.device)
+    for (node, keys), (part, bounds) in itertools.product(spans, enumerate(intervals)):
+        local = Bounds(*(bound.clamp(keys.start, keys.stop) - keys.start for bound in bounds))
+        state = kernel.forward_tree(q, block.keys(keys), local, scores.some_keys(keys))
+        nodes[node._replace(part=part)] = state
+    nothing = AttentionState.empty(*q.shape[:3], block.v_dim, dtype=state_dtype(q.dtype), device=q.device)
     return Forest(segments(kv_len), merge_alike, nothing, nodes)
 
 
-def _pieces(q: Tensor, k: Tensor, segment: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+def _pieces(q: Tensor, block: Dense, segment: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """Sequence, query head, rows and keys: ROWS and SEGMENT of them, behind the last comes the last again."""
-    keys = torch.arange(segment * SEGMENT, (segment + 1) * SEGMENT).clamp(max=k.shape[2] - 1)
+    keys = torch.arange(segment * SEGMENT, (segment + 1) * SEGMENT).clamp(max=block.kv_len - 1)
     tiles = [torch.arange(row, row + ROWS).clamp(max=q.shape[2] - 1) for row in range(0, q.shape[2], ROWS)]
     for b, h, rows in itertools.product(range(q.shape[0]), range(q.shape[1]), tiles):
         yield b, h, rows, keys
 
 
-def _bounds(lo: Tensor, hi: Tensor, b: int, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+def _bounds(bounds: Bounds, b: int, rows: Tensor, keys: Tensor) -> Bounds:
     """The piece's bounds: (1, ROWS) each, counted from its first key; a row that is there again sees nothing."""
     first, end = int(keys[0]), int(keys[-1]) + 1
-    of_rows = [(x[b % len(x), rows].clamp(first, end) - first).unsqueeze(0) for x in (lo, hi)]
+    of_rows = [(x[b % len(x), rows].clamp(first, end) - first).unsqueeze(0) for x in bounds]
     again = torch.cat([torch.tensor([False]), rows[1:] == rows[:-1]])
-    return of_rows[0], torch.where(again, of_rows[0], of_rows[1])
+    return Bounds(of_rows[0], torch.where(again, of_rows[0], of_rows[1]))
 
 
 def _row(x: Tensor, b: int, h: int, rows: Tensor) -> Tensor:
     return x[b, h].index_select(0, rows.to(x.device))[None, None]
 
 
-def _key_rows(q: Tensor, k: Tensor, v: Tensor, b: int, h: int, keys: Tensor) -> tuple[Tensor, Tensor]:
-    kv_head = h // (q.shape[1] // k.shape[1])
-    return _row(k, b, kv_head, keys), _row(v, b, kv_head, keys)
+def _key_rows(q: Tensor, block: Dense, b: int, h: int, keys: Tensor) -> Dense:
+    kv_head = h // (q.shape[1] // block.kv_heads)
+    return Dense(_row(block.k, b, kv_head, keys), _row(block.v, b, kv_head, keys))
 
 
 class GradientsOfNodes:
@@ -147,13 +140,13 @@ class GradientsOfNodes:
     def __init__(
         self,
         kernel: Kernel,
-        q,
-        block,
+        q: Queries,
+        block: Dense,
         intervals: Intervals,
         scores: Scores,
         gradient: OutputGradient,
     ) -> None:
-        self._kernel, self._tensors, self._intervals = kernel, (q, block.k, block.v), intervals
+        self._kernel, self._q, self._block, self._intervals = kernel, q, block, intervals
         self._scores, self._gradient = scores, gradient
 
     def by_nodes(
@@ -196,11 +189,9 @@ class GradientsOfNodes:
 
     def nothing(self, rows: slice, keys: slice) -> Gradients:
         """The gradients where no row sees a key."""
-        q, k, v = self._tensors
-        dtype, bias = state_dtype(q.dtype), self._scores.bias
-        d_q, d_k, d_v = (
-            torch.zeros_like(x[:, :, some], dtype=dtype) for x, some in ((q, rows), (k, keys), (v, keys))
-        )
+        dtype, bias = state_dtype(self._q.dtype), self._scores.bias
+        tensors = (self._q[:, :, rows], *self._block.keys(keys).tensors)
+        d_q, d_k, d_v = (torch.zeros_like(x, dtype=dtype) for x in tensors)
         d_bias = None if bias is None else torch.zeros_like(bias[:, :, rows, keys], dtype=dtype)
         return Gradients(d_q, d_k, d_v, d_bias)
 
@@ -212,15 +203,14 @@ class GradientsOfNodes:
         return False
 
     def _by_kernel(self, rows: slice, keys: slice) -> Gradients:
-        q, k, v = self._tensors
+        q, block = self._q[:, :, rows], self._block.keys(keys)
         scores = self._scores.some_rows(rows).some_keys(keys)
         g = self._gradient
         gradient = OutputGradient(g.out[:, :, rows], g.lse[:, :, rows], g.delta[:, :, rows])
         found = []
-        for lo, hi in self._intervals:
-            bounds = [(x[:, rows] - keys.start).clamp(0, _size(keys)) for x in (lo, hi)]
-            inputs = (q[:, :, rows], k[:, :, keys], v[:, :, keys], bounds[0], bounds[1], scores)
-            found.append(self._kernel.backward_leaf_dense(*inputs, gradient))
+        for bounds in self._intervals:
+            local = Bounds(*((x[:, rows] - keys.start).clamp(0, _size(keys)) for x in bounds))
+            found.append(self._kernel.backward_leaf(q, block, local, scores, gradient))
         total = functools.reduce(Gradients.__add__, found)
         for x in (total.q, total.k, total.v):
             x.add_(0.0)  # -0.0 becomes 0.0, as beside zeros; a sum is -0.0 only where both sides are

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..blocks import Block, Dense
+from ..masks import Bounds
 from ..problem import state_dtype
 from ..scores import Scores
 from ..state import AttentionState, all_finite, merge
 from . import cuda
-from .base import Bounds, Gradients, Kernel, Keys, OutputGradient, Queries, Values
+from .base import Gradients, Kernel, Leaf, OutputGradient, Queries
 from .pieces import Piece, pieces
 from .reference import EagerKernel, ReferenceKernel
 
@@ -36,48 +38,46 @@ class AtenKernel(Kernel):
 
     name = "aten"
 
-    def forward_dense(
-        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores
-    ) -> AttentionState:
+    def _forward(self, q: Queries, block: Block, bounds: Bounds, scores: Scores) -> AttentionState:
+        assert isinstance(block, Dense)
         if not _for_operator(scores):
-            return EagerKernel().forward_dense(q, k, v, lo, hi, scores)
-        state = _forward(q, k, v, lo, hi, scores.scale)
+            return EagerKernel().forward(q, block, bounds, scores)
+        state = _forward(q, block, bounds, scores.scale)
         if state.is_finite():
             return state
         # Inside the operators a masked key still meets a weight of zero, and 0 * NaN is NaN. So keys that are
         # not finite are taken out, which leaves the others' intervals intervals, and go to the definition.
-        kept, removed = _finite_keys(k, v)
+        kept, removed = _finite_keys(block)
         if len(removed) == 0:
             return state
         return merge(
-            _forward(q, k[:, :, kept], v[:, :, kept], *_renumber(lo, hi, kept), scores.scale),
-            ReferenceKernel().forward_dense(
-                q, k[:, :, removed], v[:, :, removed], *_renumber(lo, hi, removed), scores
-            ),
+            _forward(q, block.keys(kept), _renumber(bounds, kept), scores.scale),
+            ReferenceKernel().forward(q, block.keys(removed), _renumber(bounds, removed), scores),
         )
 
-    def backward_dense(
-        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
+    def backward(
+        self, q: Queries, block: Dense, bounds: Bounds, scores: Scores, gradient: OutputGradient
     ) -> Gradients:
         out = _as_operator_takes(gradient)
         if not _for_operator(scores) or out is None:
-            return EagerKernel().backward_dense(q, k, v, lo, hi, scores, gradient)
+            return EagerKernel().backward(q, block, bounds, scores, gradient)
         # A row that sees no key has lse -inf; with +inf all its weights are 0.
         lse = gradient.lse.masked_fill(gradient.lse == -torch.inf, torch.inf)
-        found = _backward(q, k, v, lo, hi, scores.scale, (gradient.out, out, lse))
+        found = _backward(q, block, bounds, scores.scale, (gradient.out, out, lse))
         if all(map(all_finite, found)):
             return Gradients(*found)
-        return EagerKernel().backward_dense(q, k, v, lo, hi, scores, gradient)
+        return EagerKernel().backward(q, block, bounds, scores, gradient)
 
-    def forward_tree_dense(
-        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores
-    ) -> AttentionState:
-        return EagerKernel().forward_tree_dense(q, k, v, lo, hi, scores)
+    def _forward_tree(self, q: Queries, block: Dense, bounds: Bounds, scores: Scores) -> AttentionState:
+        return EagerKernel().forward_tree(q, block, bounds, scores)
 
-    def backward_leaf_dense(
-        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
+    def backward_leaf(
+        self, q: Queries, block: Dense, bounds: Bounds, scores: Scores, gradient: OutputGradient
     ) -> Gradients:
-        return EagerKernel().backward_leaf_dense(q, k, v, lo, hi, scores, gradient)
+        return EagerKernel().backward_leaf(q, block, bounds, scores, gradient)
+
+    def rounding(self, dtype: torch.dtype, *, bias: bool) -> Leaf:
+        return EagerKernel().rounding(dtype, bias=bias)
 
 
 def _for_operator(scores: Scores) -> bool:
@@ -85,14 +85,14 @@ def _for_operator(scores: Scores) -> bool:
     return scores.plain and scores.scale >= SMALLEST_SCALE
 
 
-def _finite_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _finite_keys(block: Dense) -> tuple[Tensor, Tensor]:
     """The keys that are finite in all heads and sequences, value included, and the others."""
-    good = (k.isfinite().all(dim=3) & v.isfinite().all(dim=3)).flatten(0, 1).all(dim=0)
+    good = (block.k.isfinite().all(dim=3) & block.v.isfinite().all(dim=3)).flatten(0, 1).all(dim=0)
     return good.nonzero().flatten().cpu(), (~good).nonzero().flatten().cpu()
 
 
-def _renumber(lo: Tensor, hi: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.searchsorted(kept, lo.contiguous()), torch.searchsorted(kept, hi.contiguous())
+def _renumber(bounds: Bounds, kept: Tensor) -> Bounds:
+    return Bounds(*(torch.searchsorted(kept, bound.contiguous()) for bound in bounds))
 
 
 def _sequences(lo: Tensor, hi: Tensor) -> list[slice]:
@@ -102,8 +102,9 @@ def _sequences(lo: Tensor, hi: Tensor) -> list[slice]:
     return [slice(None)]
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float) -> AttentionState:
-    """The state piece by piece."""
+def _forward(q: Tensor, block: Dense, bounds: Bounds, scale: float) -> AttentionState:
+    """Compute the state piece by piece."""
+    k, v, (lo, hi) = block.k, block.v, bounds
     dtype = state_dtype(q.dtype)
     whole = AttentionState.empty(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
     if whole.out.numel() == 0 or q.shape[3] == 0:
@@ -111,8 +112,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: flo
     for b in _sequences(lo, hi):
         total, empty = AttentionState(whole.out[b], whole.lse[b]), True
         for piece in _pieces(lo[b], hi[b], k[b]):
-            rows, part, bounds = _cut(piece, k[b], v[b], lo[b], hi[b], dtype)
-            state = _attend(piece.kind, q[b, :, rows].to(dtype), *part, *bounds, scale)
+            rows, part, seen = _cut(piece, k[b], v[b], lo[b], hi[b], dtype)
+            state = _attend(piece.kind, q[b, :, rows].to(dtype), *part, *seen, scale)
             if rows == slice(0, q.shape[2]):
                 total = state if empty else merge(total, state)
             else:
@@ -126,24 +127,19 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: flo
 
 
 def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    scale: float,
-    outputs: tuple[Tensor, Tensor, Tensor],
+    q: Tensor, block: Dense, bounds: Bounds, scale: float, outputs: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, piece by piece; outputs: (out_gradient, out, lse)."""
+    k, v, (lo, hi) = block.k, block.v, bounds
     dtype, total = state_dtype(q.dtype), None
     everything = slice(None), slice(0, q.shape[2]), slice(0, k.shape[2])
     sequences = _sequences(lo, hi) if q.numel() and k.numel() and v.numel() else []
     for b in sequences:
         for piece in _pieces(lo[b], hi[b], k[b]):
-            rows, part, bounds = _cut(piece, k[b], v[b], lo[b], hi[b], dtype)
+            rows, part, seen = _cut(piece, k[b], v[b], lo[b], hi[b], dtype)
             keys = slice(piece.key, piece.key_end)
             own = [x[b, :, rows].to(dtype) for x in (q, *outputs)]
-            found = _attend_backward(piece.kind, own[0], *part, *bounds, scale, *own[1:])
+            found = _attend_backward(piece.kind, own[0], *part, *seen, scale, *own[1:])
             if total is None and (b, rows, keys) == everything:
                 total = found
                 continue
@@ -203,7 +199,7 @@ def _attend(kind: str, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, 
                 torch.arange(1, len(hi) + 1) if kind == "causal" else hi * 0 + k.shape[2],
             )
         lo, hi = (bound.clamp(0, k.shape[2]).unsqueeze(0) for bound in (lo, hi))
-        return EagerKernel().forward_dense(q, k, v, lo, hi, Scores(scale))
+        return EagerKernel().forward(q, Dense(k, v), Bounds(lo, hi), Scores(scale))
     return AttentionState(out, lse)
 
 

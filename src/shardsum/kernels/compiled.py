@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..extension import TYPES, native_module
+from ..extension import TYPES, instruction_sets, native_module
 from ..problem import Sizes
+from .base import Dims
 
 LARGEST_DIM = 512
 # Up to so many rows for each KV head, decode is faster than prefill.
@@ -18,26 +19,21 @@ SEGMENT_STEP = 256
 _NO_SCALES, _NO_PAGES = ((0, 0, 0, 0),) * 2, (0, 0, 0)
 
 
-def instruction_sets() -> list[str]:
-    """The instruction sets that the native kernels can use here, the best first; none if they were not built."""
-    return [] if native_module() is None else list(native_module().instruction_sets())
-
-
-def why_not_native(q: Tensor | None = None, v: Tensor | None = None) -> str | None:
-    """Why the native kernels can't be used here, or not for these tensors, as a sentence; None where they can."""
+def why_not_native(device: torch.device | None = None, dims: Dims = ()) -> str | None:
+    """Return why the native kernels can't be used here, or not for such tensors; None where they can."""
     if native_module() is None:
         return "shardsum was built without its native kernels: install it again with a C++ compiler at hand."
-    for x in (q, v):
-        if x is not None and not (x.is_cpu or x.is_meta):  # a tensor on meta only asks for shapes
-            return f"the native kernels are for CPUs: got tensors on {x.device}."
-        if x is not None and x.shape[3] > LARGEST_DIM:
-            return f"the native kernels take head_dim and v_dim up to {LARGEST_DIM}: got {x.shape[3]}."
+    if device is not None and device.type not in ("cpu", "meta"):  # a tensor on meta only asks for shapes
+        return f"the native kernels are for CPUs: got tensors on {device}."
+    for dim in dims:
+        if dim > LARGEST_DIM:
+            return f"the native kernels take head_dim and v_dim up to {LARGEST_DIM}: got {dim}."
     return None
 
 
-def few_rows(q: Tensor, k: Tensor) -> bool:
-    """Whether decode takes these queries."""
-    return q.shape[1] // k.shape[1] * q.shape[2] <= DECODE_ROWS
+def few_rows(q: Tensor, kv_heads: int) -> bool:
+    """Return whether decode takes these queries."""
+    return q.shape[1] // kv_heads * q.shape[2] <= DECODE_ROWS
 
 
 class Options(NamedTuple):

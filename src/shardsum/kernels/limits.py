@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from .compiled import native_module
+from ..extension import native_module
 from .native import NativeKernel
 
 READ_BYTES = 1 << 29  # far more than any cache

@@ -7,16 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..blocks import Block, Dense, Int8, Paged
 from ..errors import Unsupported
+from ..extension import instruction_sets
+from ..masks import Bounds
 from ..problem import state_dtype
-from ..quantized import Quantized
 from ..scores import Scores
 from ..state import AttentionState
 from ..tree import SEGMENT
-from .base import Bounds, Gradients, Kernel, Keys, OutputGradient, Queries, Values
-from .compiled import few_rows, instruction_sets, why_not_native
+from .base import Dims, Gradients, Kernel, Leaf, OutputGradient, Queries
+from .compiled import few_rows, why_not_native
 from .operators import attention_backward, dense_forward, paged_forward, quantized_forward
 from .reference import EagerKernel
+
+# Instruction sets whose prefill multiplies bfloat16, and rounds the weights to it.
+MULTIPLY_BFLOAT16 = ("amx", "avx512_bf16")
+WEIGHT_OF_BFLOAT16 = 2.0**-8  # the unit roundoff of these weights
+# What a value may meet in a leaf: in blocks of 128 keys, or where bfloat16 is multiplied in pairs, in any order.
+ROUNDINGS, PAIR_ROUNDINGS = 131, SEGMENT + 3
 
 
 class NativeKernel(Kernel):
@@ -38,75 +46,74 @@ class NativeKernel(Kernel):
             raise Unsupported(f"this machine runs {', '.join(available)}: got {instruction_set!r}.")
         self.instruction_set = instruction_set or available[0]
 
-    def forward_dense(
-        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores
-    ) -> AttentionState:
-        if scores.bias is not None:
-            return EagerKernel().forward_dense(q, k, v, lo, hi, scores)
-        return AttentionState(*dense_forward(*self._arguments(q, k, v, lo, hi, scores)))
+    @classmethod
+    def why_not(cls, device: torch.device | None = None, dims: Dims = ()) -> str | None:
+        return why_not_native(device, dims)
 
-    def forward_quantized(
-        self, q: Queries, k: Quantized, v: Quantized, lo: Bounds, hi: Bounds, scores: Scores
-    ) -> AttentionState:
-        if scores.bias is not None or q.dtype == torch.float64 or not few_rows(q, k.numbers):
-            return super().forward_quantized(q, k, v, lo, hi, scores)
+    def reads(self, q: Queries, block: Block, scores: Scores) -> bool:
+        if isinstance(block, Dense):
+            return True
+        if scores.bias is not None:
+            return False
+        few = q.dtype != torch.float64 and few_rows(q, block.kv_heads)
+        return isinstance(block, Paged) or (isinstance(block, Int8) and few)
+
+    def _forward(self, q: Queries, block: Block, bounds: Bounds, scores: Scores) -> AttentionState:
+        if scores.bias is not None:
+            return EagerKernel().forward(q, block, bounds, scores)
+        if isinstance(block, Dense):
+            return AttentionState(*dense_forward(*self._arguments(q, block, bounds, scores)))
         options = self._options(scores)
-        return AttentionState(
-            *quantized_forward(q.float(), k.numbers, v.numbers, (k.scales, v.scales), lo, hi, *options)
-        )
+        if isinstance(block, Int8):
+            scales = (block.k.scales, block.v.scales)
+            state = quantized_forward(q.float(), block.k.numbers, block.v.numbers, scales, *bounds, *options)
+        else:
+            assert isinstance(block, Paged)
+            state = paged_forward(q, block.k_pages, block.v_pages, block.table, *bounds, *options)
+        return AttentionState(*state)
 
-    def forward_paged(
-        self, q: Queries, k_pages: Tensor, v_pages: Tensor, table: Tensor, lo: Bounds, hi: Bounds, scores: Scores
-    ) -> AttentionState:
-        """The same over keys in pages, which `shardsum.decode_paged` describes and checks."""
-        return AttentionState(*paged_forward(q, k_pages, v_pages, table, lo, hi, *self._options(scores)))
-
-    def backward_dense(
-        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
+    def backward(
+        self, q: Queries, block: Dense, bounds: Bounds, scores: Scores, gradient: OutputGradient
     ) -> Gradients:
         if scores.bias is not None:
-            return EagerKernel().backward_dense(q, k, v, lo, hi, scores, gradient)
-        return self._backward(q, k, v, lo, hi, scores, gradient, 0)
+            return EagerKernel().backward(q, block, bounds, scores, gradient)
+        return self._backward(q, block, bounds, scores, gradient, 0)
 
-    def forward_tree_dense(
-        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores
-    ) -> AttentionState:
+    def _forward_tree(self, q: Queries, block: Dense, bounds: Bounds, scores: Scores) -> AttentionState:
         if scores.bias is not None:
-            return EagerKernel().forward_tree_dense(q, k, v, lo, hi, scores)
-        return AttentionState(*dense_forward(*self._arguments(q, k, v, lo, hi, scores), SEGMENT))
+            return EagerKernel().forward_tree(q, block, bounds, scores)
+        return AttentionState(*dense_forward(*self._arguments(q, block, bounds, scores), SEGMENT))
 
-    def backward_leaf_dense(
-        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
+    def backward_leaf(
+        self, q: Queries, block: Dense, bounds: Bounds, scores: Scores, gradient: OutputGradient
     ) -> Gradients:
         if scores.bias is not None:
-            return EagerKernel().backward_leaf_dense(q, k, v, lo, hi, scores, gradient)
-        return self._backward(q, k, v, lo, hi, scores, gradient, SEGMENT)
+            return EagerKernel().backward_leaf(q, block, bounds, scores, gradient)
+        return self._backward(q, block, bounds, scores, gradient, SEGMENT)
 
     def backward_by_trees(self, scores: Scores) -> bool:
         return scores.bias is None
 
+    def rounding(self, dtype: torch.dtype, *, bias: bool) -> Leaf:
+        if bias:
+            return EagerKernel().rounding(dtype, bias=bias)
+        unit = torch.finfo(state_dtype(dtype)).eps / 2
+        if dtype == torch.bfloat16 and self.instruction_set in MULTIPLY_BFLOAT16:
+            return Leaf(unit, PAIR_ROUNDINGS, WEIGHT_OF_BFLOAT16)
+        return Leaf(unit, ROUNDINGS)
+
     def _backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lo: Tensor,
-        hi: Tensor,
-        scores: Scores,
-        gradient: OutputGradient,
-        segment: int,
+        self, q: Tensor, block: Dense, bounds: Bounds, scores: Scores, gradient: OutputGradient, segment: int
     ) -> Gradients:
-        if not segment and few_rows(q, k):
+        if not segment and few_rows(q, block.kv_heads):
             q = q.to(state_dtype(q.dtype))  # 16 bits of few rows' weights: their roundings do not average out
         given = (x.to(state_dtype(q.dtype)) for x in (gradient.out, gradient.lse, gradient.delta))
-        return Gradients(*attention_backward(*given, *self._arguments(q, k, v, lo, hi, scores), segment))
+        return Gradients(*attention_backward(*given, *self._arguments(q, block, bounds, scores), segment))
 
-    def _arguments(
-        self, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scores: Scores
-    ) -> tuple[Any, ...]:
-        """What both operators take; keys and values in q's dtype (a scale that is a tensor widens it)."""
-        k, v = (x if x.dtype == q.dtype else x.to(q.dtype) for x in (k, v))
-        return (q, k, v, lo, hi, *self._options(scores))
+    def _arguments(self, q: Tensor, block: Dense, bounds: Bounds, scores: Scores) -> tuple[Any, ...]:
+        """Return what both operators take; keys and values in q's dtype (a scale that is a tensor widens it)."""
+        block = block.dense(q.dtype)
+        return (q, block.k, block.v, *bounds, *self._options(scores))
 
     def _options(self, scores: Scores) -> tuple[Any, ...]:
         slopes = scores.alibi_slopes if scores.alibi_slopes is None else scores.alibi_slopes.double()

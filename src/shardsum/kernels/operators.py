@@ -30,8 +30,9 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
 from ..errors import Unsupported
+from ..extension import native_module
 from ..problem import Sizes, state_dtype
-from .compiled import SEGMENT_STEP, Options, call, few_rows, native_module, why_not_native
+from .compiled import SEGMENT_STEP, Options, call, few_rows, why_not_native
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, float scale, float? softcap=None, "
@@ -44,7 +45,7 @@ def dense_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, *opti
     """`attention_forward` without gradients, and without torch's dispatcher, which takes 11 us a call."""
     given = Options(*options)
     problem = _check(q, k, v, lo, hi, given)
-    name = "tree" if given.segment else "decode" if few_rows(q, k) else "prefill"
+    name = "tree" if given.segment else "decode" if few_rows(q, problem.kv_heads) else "prefill"
     return _state(name, problem, q, k, v, lo, hi, given)
 
 
@@ -173,7 +174,7 @@ def _check(
 
 
 def _check_device(q: Tensor, v: Tensor) -> None:
-    wrong = why_not_native(q, v)
+    wrong = why_not_native(q.device, (q.shape[3], v.shape[3]))
     if wrong is not None:
         raise Unsupported(f"{wrong} Use kernel='aten'.")
 

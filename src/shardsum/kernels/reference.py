@@ -7,14 +7,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..blocks import Block, Dense
+from ..masks import Bounds
 from ..problem import state_dtype
 from ..scores import Scores
 from ..state import AttentionState
+from ..tree import SEGMENT
 from .along_tree import gradients_by_pieces, state_by_pieces
-from .base import Bounds, Gradients, Kernel, Keys, OutputGradient, Queries, Values
+from .base import Gradients, Kernel, Leaf, OutputGradient, Queries
 
 # Rows are taken so many at a time that a matrix of weights has about this many elements (64 MB in float32).
 WEIGHTS = 1 << 24
+# What a value may meet in a leaf: torch's products add up the keys of a segment in any order.
+TORCH_ROUNDINGS = SEGMENT
 
 
 class EagerKernel(Kernel):
@@ -28,15 +33,15 @@ class EagerKernel(Kernel):
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return state_dtype(dtype)
 
-    def forward_dense(
-        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores
-    ) -> AttentionState:
+    def _forward(self, q: Queries, block: Block, bounds: Bounds, scores: Scores) -> AttentionState:
+        assert isinstance(block, Dense)
+        k, v, (lo, hi) = block.k, block.v, bounds
         dtype, compute = state_dtype(q.dtype), self.compute_dtype(q.dtype)
         state = AttentionState.empty(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
         if state.out.numel() == 0 or k.shape[2] == 0:
             return state
         k, v = k.to(compute), v.to(compute)
-        for rows in _blocks(q, k):
+        for rows in _row_slices(q, k):
             part, visible = scores.some_rows(rows), _visible(lo[:, rows], hi[:, rows], k)
             s, _ = part.of(_products(q[:, :, rows].to(compute), k))
             s = s.masked_fill(~visible, -torch.inf)
@@ -51,15 +56,16 @@ class EagerKernel(Kernel):
             state.lse[:, :, rows] = lse.to(dtype)
         return state
 
-    def backward_dense(
-        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
+    def backward(
+        self, q: Queries, block: Dense, bounds: Bounds, scores: Scores, gradient: OutputGradient
     ) -> Gradients:
+        k, v, (lo, hi) = block.k, block.v, bounds
         compute, kv_heads = self.compute_dtype(q.dtype), k.shape[1]
         d_q, d_k, d_v = (torch.zeros_like(x, dtype=compute) for x in (q, k, v))
         d_bias = None if scores.bias is None else torch.zeros_like(scores.bias, dtype=compute)
         # A row or key that is not finite makes NaN of the weights of those who see it, and is nothing to others.
         finite_k = _finite(k.to(compute))
-        for rows in _blocks(q, k):
+        for rows in _row_slices(q, k):
             part, visible = scores.some_rows(rows), _visible(lo[:, rows], hi[:, rows], k)
             own_q = q[:, :, rows].to(compute)
             d_out, lse, delta = (x[:, :, rows].to(compute) for x in (gradient.out, gradient.lse, gradient.delta))
@@ -83,15 +89,16 @@ class EagerKernel(Kernel):
             d_q.to(dtype), d_k.to(dtype), d_v.to(dtype), d_bias if d_bias is None else d_bias.to(dtype)
         )
 
-    def forward_tree_dense(
-        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores
-    ) -> AttentionState:
-        return state_by_pieces(self, q, k, v, lo, hi, scores)
+    def _forward_tree(self, q: Queries, block: Dense, bounds: Bounds, scores: Scores) -> AttentionState:
+        return state_by_pieces(self, q, block, bounds, scores)
 
-    def backward_leaf_dense(
-        self, q: Queries, k: Keys, v: Values, lo: Bounds, hi: Bounds, scores: Scores, gradient: OutputGradient
+    def backward_leaf(
+        self, q: Queries, block: Dense, bounds: Bounds, scores: Scores, gradient: OutputGradient
     ) -> Gradients:
-        return gradients_by_pieces(self, q, k, v, lo, hi, scores, gradient)
+        return gradients_by_pieces(self, q, block, bounds, scores, gradient)
+
+    def rounding(self, dtype: torch.dtype, *, bias: bool) -> Leaf:
+        return Leaf(torch.finfo(self.compute_dtype(dtype)).eps / 2, TORCH_ROUNDINGS)
 
 
 class ReferenceKernel(EagerKernel):
@@ -103,7 +110,7 @@ class ReferenceKernel(EagerKernel):
         return torch.float64
 
 
-def _blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
+def _row_slices(q: Tensor, k: Tensor) -> Iterator[slice]:
     step = max(1, WEIGHTS // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     return (slice(row, min(row + step, q.shape[2])) for row in range(0, q.shape[2], step))
 

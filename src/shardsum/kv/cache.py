@@ -180,7 +180,7 @@ class KVCache:
         key = (owners.version, lengths, self._reordered, q.shape, q.dtype, q.device, with_gradients)
 
         def make() -> PreparedCall:
-            sizes = Sizes.of_block(q, blocks[0].block)
+            sizes = Sizes.of(q, *blocks[0].block.tensors[:2], quantized=self._shape.quantized)
             kept = {"reproducible": self._reproducible, "lengths": lengths, "reordered": self._reordered}
             arguments = Arguments(**given, **kept)
             placement = owners.placement(store.longest)

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import Unsupported
-from ..placement import Placement, Runs, Some
+from ..placement import Placement, Runs, Subset
 
 Table = Int[Tensor, "runs 3"]  # start, count and step of each run
 
@@ -49,7 +49,7 @@ class Owners:
         """The groups that a rank computes."""
         return [group for group, ranks in enumerate(self.holders) if ranks[0] == rank]
 
-    def keys(self, group: int, length: int) -> Some:
+    def keys(self, group: int, length: int) -> Subset:
         """The positions of a group as indices among those that its owner computes with."""
         rank = self.holders[group][0]
         if len(self.owned(rank)) == 1:

@@ -13,7 +13,7 @@ from ..comm import Traffic
 from ..geometry import row_nodes, seen, seen_counts, sent_counts
 from ..kernels import Gradients, OutputGradient
 from ..partials import total
-from ..placement import Some
+from ..placement import Subset
 from ..problem import Problem
 from ..state import AttentionState
 from .base import Strategy
@@ -103,5 +103,5 @@ def _sent(problem: Problem, rank: int, receiver: int) -> Tensor:
     return seen(problem, receiver, rank)[: 0 if receiver == rank else None]
 
 
-def _keys(problem: Problem, rank: int, owner: int) -> Some:
+def _keys(problem: Problem, rank: int, owner: int) -> Subset:
     return ALL if owner == rank else seen(problem, rank, owner)

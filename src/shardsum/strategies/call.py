@@ -20,7 +20,7 @@ from ..kernels import Gradients, Kernel, OutputGradient
 from ..kernels.along_tree import GradientsOfNodes, Spans, states_of_nodes
 from ..masks import Bounds
 from ..partials import STATES, SUMS, AlongTree, Merged, Partial, union
-from ..placement import Runs, Some
+from ..placement import Runs, Subset
 from ..problem import Problem
 from ..scores import Scores
 from ..state import AttentionState, merge
@@ -41,7 +41,7 @@ class PlacedBlock(NamedTuple):
     """A block that this rank computes with, and which of its keys these are: all, if it is the only one."""
 
     block: Block
-    keys: Some = ALL
+    keys: Subset = ALL
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ class Call:
         return Dense(k.index_select(2, order.to(k.device)), v.index_select(2, order.to(v.device)))
 
     def partial(
-        self, q: Tensor, block: Block, *, rows_of: int, keys_of: int, rows: Some = ALL, keys: Some = ALL
+        self, q: Tensor, block: Block, *, rows_of: int, keys_of: int, rows: Subset = ALL, keys: Subset = ALL
     ) -> Partial[AttentionState]:
         """The state of the query rows of one rank over the keys of one rank, or of some of them, computed here.
 
@@ -93,7 +93,7 @@ class Call:
             self._warn_unless_finite(value, rows_of, keys_of)
         return state
 
-    def partial_of_blocks(self, q: Tensor, *, rows_of: int, rows: Some = ALL) -> Partial[AttentionState]:
+    def partial_of_blocks(self, q: Tensor, *, rows_of: int, rows: Subset = ALL) -> Partial[AttentionState]:
         """The state of the query rows of one rank over all keys of this rank, block by block, where they lie."""
         place = {"rows_of": rows_of, "keys_of": self.comm.rank}
         return union(self.partial(q, placed.block, **place, rows=rows, keys=placed.keys) for placed in self.blocks)
@@ -106,8 +106,8 @@ class Call:
         *,
         rows_of: int,
         keys_of: int,
-        rows: Some = ALL,
-        keys: Some = ALL,
+        rows: Subset = ALL,
+        keys: Subset = ALL,
     ) -> Contribution:
         """What the query rows of one rank and the keys of one rank, or some of them, contribute, computed here.
 
@@ -154,7 +154,7 @@ class Call:
         d_k, d_v = d_kv.split([self.problem.head_dim, self.problem.v_dim], dim=3)
         return d_k, d_v
 
-    def _local(self, rows_of: int, keys_of: int, rows: Some, keys: Some) -> tuple[Scores, list[Bounds]]:
+    def _local(self, rows_of: int, keys_of: int, rows: Subset, keys: Subset) -> tuple[Scores, list[Bounds]]:
         problem, scores = self.problem, self.scores
         if not scores.plain:
             own = problem.queries.positions(rows_of)[rows]
@@ -178,10 +178,10 @@ class Call:
             )
 
 
-def _is_all(some: Some) -> bool:
+def _is_all(some: Subset) -> bool:
     return isinstance(some, slice) and some == ALL
 
 
-def _spans(runs: Runs, some: Some, length: int) -> Spans:
+def _spans(runs: Runs, some: Subset, length: int) -> Spans:
     """The nodes of the fixed tree that some of these positions make, and where each one's lie."""
     return runs.some(some).spans(length)
