@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from .collectives import Collective, as_collective
 from .errors import Unsupported
 from .kernels import Kernel, as_kernel
@@ -40,7 +42,7 @@ def choose(
         if reason is not None:
             others = [name for name, kind in STRATEGIES.items() if kind().why_not(problem) is None]
             raise Unsupported(f"{reason} Use {', '.join(others[:-1])} or {others[-1]}.")
-    made = as_kernel(kernel, device=problem.device, dims=(problem.head_dim, problem.v_dim))
+    made = as_kernel(kernel, torch.device(problem.device), (problem.head_dim, problem.v_dim))
     return Choice(chosen, as_collective(collective), made, why)
 
 

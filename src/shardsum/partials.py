@@ -21,7 +21,7 @@ from .packed import merge_alike, pack, unpack
 from .state import AttentionState, merge
 from .tree import Forest, Node
 
-T = TypeVar("T", AttentionState, Tensor)
+T = TypeVar("T")
 P = TypeVar("P", bound="Partial[Any]")
 Combine = Callable[[Tensor, Tensor], Tensor]
 
@@ -94,10 +94,10 @@ class Merged(Partial[T]):
     def __init__(self, value: T, monoid: Monoid[T]) -> None:
         self.value, self.monoid = value, monoid
 
-    def union(self, other: Merged[T]) -> Merged[T]:  # type: ignore[override]
+    def union(self, other: Merged[T]) -> Merged[T]:
         return Merged(self.monoid.combine(self.value, other.value), self.monoid)
 
-    def put(self, items: Tensor, part: Merged[T]) -> Merged[T]:  # type: ignore[override]
+    def put(self, items: Tensor, part: Merged[T]) -> Merged[T]:
         value = self.monoid.to_numbers(self.value).index_add_(
             2, items.to(self.monoid.to_numbers(self.value).device), part.to_numbers(())
         )
@@ -133,10 +133,10 @@ class AlongTree(Partial[T]):
         """The results of these nodes of a tree over `count` segments; `nothing` is that of no keys at all."""
         return cls(Forest(count, monoid.combine_in_tree, nothing, nodes), monoid)
 
-    def union(self, other: AlongTree[T]) -> AlongTree[T]:  # type: ignore[override]
+    def union(self, other: AlongTree[T]) -> AlongTree[T]:
         return AlongTree(self.forest.union(other.forest), self.monoid)
 
-    def put(self, items: Tensor, part: AlongTree[T]) -> AlongTree[T]:  # type: ignore[override]
+    def put(self, items: Tensor, part: AlongTree[T]) -> AlongTree[T]:
         nothing, monoid = self.monoid.to_numbers(self.forest.nothing), self.monoid
         spread = {
             node: monoid.from_numbers(

@@ -99,7 +99,7 @@ def unit(reproducible: bool) -> int:
 
 def segments(length: N) -> N:
     """How many segments a sequence of `length` positions has."""
-    return -(-length // SEGMENT)  # type: ignore[return-value]
+    return -(-length // SEGMENT)
 
 
 @functools.lru_cache(maxsize=128)  # a token seldom begins a segment

@@ -33,7 +33,7 @@ class Route:
         """`items`: where they lie; `wanted`: by each rank, global numbers of items, its own among them or not."""
         self.size = items.size
         pieces = _pieces(items, wanted)
-        self._owner, self._count = pieces.owner, pieces.count
+        self._owner, self._count = pieces.owner, pieces.items
         up, down = _hops(pieces, wanted, items.size)
         self._arms = {UP: up, DOWN: down}
         self._farthest = {way: int(arm.max()) if len(arm) else 0 for way, arm in self._arms.items()}
@@ -72,11 +72,11 @@ class Route:
 
     def returned(self, rank: int, item_bytes: int) -> Traffic:
         """What a rank sends of the results for other ranks' items: onward behind the items, or home."""
-        counts = []
+        counts: list[Tensor] = []
         for way, hops in self._arms.items():
             distance = self._distance(rank, way)
-            for moving in (hops > distance, hops == distance):
-                counts.append(self._by_owner(moving & (distance > 0)))
+            moving = [way_on & (distance > 0) for way_on in (hops > distance, hops == distance)]
+            counts += map(self._by_owner, moving)
         return _traffic(torch.cat(counts), [item_bytes])
 
     def _distance(self, rank: int, way: int) -> Column:
@@ -105,7 +105,7 @@ class _Pieces(NamedTuple):
 
     owner: Column
     item: Column
-    count: Column
+    items: Column
 
 
 def _pieces(items: Placement, wanted: Ranges) -> _Pieces:

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..digests import digest_indices
+
 IGNORE_INDEX = -100  # Transformers' label of a token that is not to be predicted
 
 

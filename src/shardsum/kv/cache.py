@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -181,8 +182,8 @@ class KVCache:
 
         def make() -> PreparedCall:
             sizes = Sizes.of(q, *blocks[0].block.tensors[:2], quantized=self._shape.quantized)
-            kept = {"reproducible": self._reproducible, "lengths": lengths, "reordered": self._reordered}
-            arguments = Arguments(**given, **kept)
+            arguments = Arguments(**given, reproducible=self._reproducible)
+            arguments = replace(arguments, lengths=lengths, reordered=self._reordered)
             placement = owners.placement(store.longest)
             return PreparedCall(self.comm, sizes, inputs, arguments, placement, store.shape.kind)
 

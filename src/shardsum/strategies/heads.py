@@ -53,19 +53,19 @@ class Split:
         if own.start % readers == 0 and own.stop % readers == 0:
             return None
         owners: Tensor = torch.arange(own.start, own.stop) // readers
-        return owners - self.kv_heads[self.place(rank)].start
+        first: int = self.kv_heads[self.place(rank)].start
+        return owners.sub(first)
 
     def gathered(self, heads: Sequence[slice], placement: Placement, rank: int) -> int:
         """How many (head, position) pairs a rank sends where each gathers its heads of the group's positions."""
-        others = sum(part.stop - part.start for place, part in enumerate(heads) if place != self.place(rank))
+        others: int = sum(part.stop - part.start for place, part in enumerate(heads) if place != self.place(rank))
         return others * placement.lengths[rank]
 
     def scattered(self, heads: Sequence[slice], placement: Placement, rank: int) -> int:
         """How many (head, position) pairs a rank sends where each gets all heads of its positions back."""
         own = heads[self.place(rank)]
-        return (own.stop - own.start) * sum(
-            placement.lengths[other] for other in self.members(rank) if other != rank
-        )
+        others: int = sum(placement.lengths[other] for other in self.members(rank) if other != rank)
+        return others * (own.stop - own.start)
 
 
 @per_problem
