@@ -2,9 +2,10 @@
 
 from .attention import attention
 from .cache import KVCache
-from .comm import Communicator, connect, launch
+from .comm import Communicator, connect
 from .context_parallel import context_parallel
 from .errors import Mismatch, NonFiniteWarning, RankLost, Unsupported
+from .launching import launch
 from .layouts import Layout
 from .paged import decode_paged
 from .sharding import global_value, shard, unshard, weighted_sum

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from shardsum.comm import connect, launch
+from shardsum.comm import connect
+from shardsum.launching import launch
 
 BESIDE = Path(sys.executable).parent
 

