@@ -14,7 +14,7 @@ from torch import Tensor
 from shardsum import AttentionState, merge
 from shardsum.collectives import all_reduce_states, as_collective
 from shardsum.comm import Communicator, agree, mistakes_reach_all
-from shardsum.comm.base import KEPT_SIZES
+from shardsum.comm.memory import BUFFERS
 from shardsum.errors import Mismatch
 
 DTYPES = [
@@ -75,7 +75,7 @@ def check_all_gather_of_numbers(comm: Communicator) -> None:
 def check_all_gather_again_and_again(comm: Communicator) -> None:
     for length in (3, 0, 5):  # what is made later outlives what is dropped
         pieces = torch.empty(comm.size, length)
-        gather = comm.all_gather_again(pieces)
+        gather = comm.prepare_all_gather(pieces)
         before = comm.traffic.snapshot()
         for number in range(3):
             pieces[comm.rank] = 10 * number + comm.rank
@@ -90,7 +90,7 @@ def check_all_gather_again_and_again(comm: Communicator) -> None:
 
 def check_more_shapes_than_are_kept(comm: Communicator) -> None:
     collective = as_collective("all_gather")
-    for rows in [*range(1, KEPT_SIZES + 4), 1, 2]:
+    for rows in [*range(1, BUFFERS + 4), 1, 2]:
         state = AttentionState(_from(comm.rank, 1, 1, rows, 5), _from(comm.rank, 1, 1, rows))
         states = [AttentionState(_from(r, 1, 1, rows, 5), _from(r, 1, 1, rows)) for r in range(comm.size)]
         found = all_reduce_states(comm, state, collective)

@@ -12,22 +12,23 @@ import pytest
 import torch
 from torch.distributed import FileStore, HashStore
 
-from shardsum.comm import Communicator, launch
-from shardsum.comm.group import GroupCommunicator
-from shardsum.comm.mpi import MpiCommunicator
-from shardsum.comm.threads import SingleCommunicator, ThreadCommunicator
-from shardsum.comm.torch_distributed import TorchCommunicator, connect_gloo
+from shardsum.comm import LAUNCHED, Communicator, SingleTransport
+from shardsum.comm.group import GroupTransport
+from shardsum.comm.mpi import MpiTransport
+from shardsum.comm.threads import ThreadTransport
+from shardsum.comm.torch_distributed import GlooTransport, NcclTransport, transport_over
 from shardsum.errors import RankLost
+from shardsum.launching import launch
 
 from ..contracts import COMMUNICATOR, run_communicator_contracts
 
-GROUPS = [(transport, ranks) for transport in ("threads", "gloo", "mpi") for ranks in (1, 2, 3)]
+GROUPS = [(transport, ranks) for transport in LAUNCHED for ranks in (1, 2, 3)]
 
 
 @functools.cache
 def _failures(transport: str, ranks: int) -> list[dict[str, str]]:
     if transport == "single":
-        return [run_communicator_contracts(SingleCommunicator())]
+        return [run_communicator_contracts(Communicator(SingleTransport()))]
     return launch(run_communicator_contracts, ranks=ranks, transport=transport, deadline=60.0)
 
 
@@ -51,19 +52,21 @@ class OldMpi:
         raise NotImplementedError
 
 
-def keep_the_contract_over_an_old_mpi(comm: MpiCommunicator) -> dict[str, str]:
-    comm._mpi = OldMpi(comm._mpi)
-    return run_communicator_contracts(comm)
+def keep_the_contract_over_an_old_mpi(comm: Communicator) -> dict[str, str]:
+    transport = MpiTransport()
+    transport._mpi = OldMpi(transport._mpi)
+    return run_communicator_contracts(Communicator(transport))
 
 
 def test_an_mpi_without_persistent_collectives_keeps_the_contract() -> None:
     assert launch(keep_the_contract_over_an_old_mpi, 2, "mpi", deadline=60.0) == [{}] * 2
 
 
-def give_up_while_a_gather_is_under_way(comm: MpiCommunicator) -> str:
-    gather = comm.all_gather_again(torch.zeros(comm.size, 3))
+def give_up_while_a_gather_is_under_way(comm: Communicator) -> str:
+    transport = MpiTransport()
+    gather = Communicator(transport).prepare_all_gather(torch.zeros(comm.size, 3))
     gather()
-    with mock.patch.object(comm, "_wait", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with mock.patch.object(transport, "wait", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         gather()
     with pytest.raises(RankLost) as raised:
         gather()
@@ -81,13 +84,13 @@ def test_a_closed_communicator_says_so(transport: str) -> None:
 
 
 def close_and_call(comm: Communicator) -> None:
-    gather = comm.all_gather_again(torch.zeros(comm.size, 3))
+    gather = comm.prepare_all_gather(torch.zeros(comm.size, 3))
     gather()
-    group = GroupCommunicator(comm, [1, 0])
+    group = Communicator(GroupTransport(comm._transport, [1, 0]), comm)
     comm.close()
     comm.close()
     again = torch.zeros(comm.size, 3)
-    for call in (gather, comm.barrier, comm.hosts, group.barrier, lambda: comm.all_gather_again(again)):
+    for call in (gather, comm.barrier, comm.hosts, group.barrier, lambda: comm.prepare_all_gather(again)):
         with pytest.raises(ValueError, match="closed"):
             call()
 
@@ -99,8 +102,8 @@ class LikeNccl:
     wait with a timeout would stop the thread.
     """
 
-    def __init__(self, comm: ThreadCommunicator) -> None:
-        self._comm = comm
+    def __init__(self, transport: ThreadTransport) -> None:
+        self._transport = transport
         self._sending: list[tuple[int, torch.Tensor]] | None = None
         self._receiving: list[tuple[int, torch.Tensor]] = []
 
@@ -122,23 +125,23 @@ class LikeNccl:
         assert self._sending is not None
         assert self._sending or self._receiving, "a group of nothing has no work to wait for"
         for peer, tensor in self._sending:
-            self._comm._hub.put(self._comm.rank, peer, tensor.clone())
+            self._transport.hub.put(self._transport.rank, peer, tensor.clone())
         self._sending = None
         return self._work(self._receiving)
 
     def allgather(self, pieces: list[list[torch.Tensor]], parts: list[torch.Tensor]) -> LikeNccl:
-        for peer in range(self._comm.size):
-            self._comm._hub.put(self._comm.rank, peer, parts[0].clone())
+        for peer in range(self._transport.size):
+            self._transport.hub.put(self._transport.rank, peer, parts[0].clone())
         return self._work(list(enumerate(pieces[0])))
 
     def _work(self, receiving: list[tuple[int, torch.Tensor]]) -> LikeNccl:
-        work = LikeNccl(self._comm)
+        work = LikeNccl(self._transport)
         work._receiving = receiving
         return work
 
     def wait(self) -> None:
         for peer, tensor in self._receiving:
-            tensor.copy_(self._comm._hub.get(peer, self._comm.rank, 60.0))
+            tensor.copy_(self._transport.hub.get(peer, self._transport.rank, 60.0))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -146,10 +149,12 @@ def test_what_nccl_is_asked_for_keeps_the_contract(ranks: int, monkeypatch: pyte
     """No device here: NCCL's process group is a stand-in, and CPU memory stands for the device's."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
-    def run(comm: ThreadCommunicator) -> dict[str, str]:
-        nccl = TorchCommunicator(LikeNccl(comm), comm.rank, comm.size, "nccl")
-        nccl._device = torch.device("cpu")
-        return run_communicator_contracts(nccl)
+    def run(comm: Communicator) -> dict[str, str]:
+        transport = comm._transport
+        assert isinstance(transport, ThreadTransport)
+        nccl = NcclTransport(LikeNccl(transport), comm.rank, comm.size)
+        nccl.device = nccl._device = torch.device("cpu")
+        return run_communicator_contracts(Communicator(nccl))
 
     assert launch(run, ranks=ranks, transport="threads", deadline=60.0) == [{}] * ranks
 
@@ -157,12 +162,12 @@ def test_what_nccl_is_asked_for_keeps_the_contract(ranks: int, monkeypatch: pyte
 def _communicators(comm: Communicator, directory: str, number: int) -> list[Communicator]:
     """Fresh ones of the same ranks: after one operation was given up, the next might fail for that alone."""
     if comm.transport == "mpi":
-        return [MpiCommunicator(deadline_seconds=0.5) for _ in range(number)]
+        return [Communicator(MpiTransport(deadline_seconds=0.5)) for _ in range(number)]
     stores = [FileStore(f"{directory}/store.{i}", comm.size) for i in range(number)]
-    made = [connect_gloo(store, comm.rank, comm.size, 60.0, interfaces=["lo"]) for store in stores]
+    made = [Communicator(GlooTransport.over(store, comm.rank, comm.size, 60.0, ["lo"])) for store in stores]
     for each in made:
         each.deadline_seconds = 0.5
-    return list(made)
+    return made
 
 
 def wait_for_a_rank_that_does_not_come(comm: Communicator, directory: str) -> None:
@@ -171,7 +176,7 @@ def wait_for_a_rank_that_does_not_come(comm: Communicator, directory: str) -> No
         time.sleep(60)
     for operation in (
         lambda: gather.all_gather(torch.zeros(3)),
-        lambda: again.all_gather_again(torch.zeros(2, 3))(),
+        lambda: again.prepare_all_gather(torch.zeros(2, 3))(),
         lambda: to_all.all_to_all([torch.zeros(3)] * 2, [(3,)] * 2),
         lambda: ring.exchange(torch.zeros(3), to=0, source=0, shape=(3,))(),
     ):
@@ -200,9 +205,9 @@ class SilentStore(HashStore):
 
 
 def test_a_store_that_does_not_answer_holds_up_no_error() -> None:
-    comm = TorchCommunicator(None, 0, 3, store=SilentStore())
+    transport = GlooTransport(None, 0, 3, store=SilentStore())
     start = time.monotonic()
-    error = comm._lost_by(2, RuntimeError("timed out"))
+    error = transport._lost_by(2, RuntimeError("timed out"))
     assert str(error) == "rank 0 waited for rank 2, which is gone or stuck: timed out"
     assert time.monotonic() - start < 3
 
@@ -226,7 +231,7 @@ def wrap_a_group_that_the_user_has(comm: Communicator, directory: str) -> list[i
     )
     try:
         group = distributed.group.WORLD
-        theirs = TorchCommunicator(group, comm.rank, comm.size)
+        theirs = Communicator(transport_over(group))
         assert run_communicator_contracts(theirs) == {}
         return [int(part) for part in theirs.all_gather(torch.tensor(comm.rank))]
     finally:

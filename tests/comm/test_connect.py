@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from shardsum.comm import connect, launch
+from shardsum.comm import connect
+from shardsum.launching import launch
 
 BESIDE = Path(sys.executable).parent
 
@@ -69,7 +70,7 @@ def test_alone() -> None:
 
 
 def test_unknown_names_and_threads_outside_launch() -> None:
-    with pytest.raises(ValueError, match="gloo, nccl, mpi, threads, single: got 'smoke'"):
+    with pytest.raises(ValueError, match="mpi, nccl, gloo, threads, single: got 'smoke'"):
         connect("smoke")
     with pytest.raises(ValueError, match="launch"):
         connect("threads")

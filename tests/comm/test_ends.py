@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from shardsum import RankLost
-from shardsum.comm import launch
+from shardsum.launching import launch
 
 from .ends import ALSO, HOW, VICTIM, WHEN, call_once_it_has_ended, end_at
 

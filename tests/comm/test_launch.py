@@ -20,10 +20,11 @@ import pytest
 import torch
 
 from shardsum import AttentionState
-from shardsum.comm import Communicator, connect, launch
-from shardsum.comm.launch import _failure as read_failure
-from shardsum.comm.worker import _report as report_error
+from shardsum.comm import Communicator, connect
 from shardsum.errors import RankLost, Unsupported
+from shardsum.launching import launch
+from shardsum.launching.failures import read_failure
+from shardsum.launching.worker import _report as report_error
 
 PROCESSES = ["gloo", "mpi"]
 EVERY = ["threads", *PROCESSES]
@@ -264,7 +265,7 @@ def test_a_rank_that_dies_without_a_word_is_named(transport: str, how: str, word
 
 
 def test_mpiexec_that_starts_nothing_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shardsum.comm.processes._mpiexec", lambda ranks: [MPIEXEC, "--no-such-option"])
+    monkeypatch.setattr("shardsum.launching.mpiexec._mpiexec", lambda ranks: [MPIEXEC, "--no-such-option"])
     with pytest.raises(RankLost, match=r"(?s)rank 0 ended without a result: mpiexec: .*no-such-option"):
         launch(die, ranks=2, transport="mpi", args=("exit",))
 

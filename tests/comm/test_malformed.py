@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from shardsum import AttentionState
-from shardsum.comm import SingleCommunicator, agree, wire
-from shardsum.comm.launch import _failure as read_failure
+from shardsum.comm import Communicator, SingleTransport, agree
 from shardsum.errors import Mismatch
+from shardsum.launching import wire
+from shardsum.launching.failures import read_failure
 
 from ..malformed import CAP_BYTES, EXTREMES, LATER, SOME, allocated, mutated
 
@@ -29,7 +30,7 @@ FAILED, TEXT_BYTES, DIGEST = 2, 3, 6  # places among the fields
 CALL = {"call": "attention", "causal": True, "shapes": [1, 2, 3]}
 
 
-class Wire(SingleCommunicator):
+class Wire(SingleTransport):
     """Rank 0 of two; what the other one sends is made by functions, in order, of what this one sends."""
 
     def __init__(self) -> None:
@@ -38,7 +39,7 @@ class Wire(SingleCommunicator):
         self.others: list[Callable[[bytes, int], bytes]] = []
         self.heard: list[bytes] = []
 
-    def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
+    def all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
         own = send.numpy().tobytes()
         other = self.others.pop(0)(own, sizes[1])
         assert len(other) == sizes[1]
@@ -108,22 +109,23 @@ def _description(draw: random.Random, own: bytes, size: int) -> bytes:
 def _fuzz_agreement(count: int, seed: int) -> dict[str, int]:
     """Call after call against a malformed frame, each followed by one in which all is well."""
     draw = random.Random(seed)
-    comm = Wire()
+    other_rank = Wire()
+    comm = Communicator(other_rank)
     outcomes = {"agreed": 0, "refused": 0, "mismatch": 0}
     for _ in range(count):
-        comm.heard = []
-        comm.others = [lambda own, size: _frame(draw, own), lambda own, size: _description(draw, own, size)]
+        other_rank.heard = []
+        other_rank.others = [lambda own, size: _frame(draw, own), lambda own, size: _description(draw, own, size)]
         try:
             lengths = agree(comm, CALL, 5, 7)
         except Mismatch as error:
             said = str(error)
             outcomes["refused" if "malformed" in said or "protocol" in said else "mismatch" if said else ""] += 1
         else:
-            assert lengths == [(5, 7), _lengths(comm.heard[0])]
+            assert lengths == [(5, 7), _lengths(other_rank.heard[0])]
             assert min(lengths[1]) >= 0
             assert max(lengths[1]) <= 1 << 40
             outcomes["agreed"] += 1
-        comm.others = [lambda own, size: own]
+        other_rank.others = [lambda own, size: own]
         assert agree(comm, CALL, 5, 7) == [(5, 7)] * 2
     return outcomes
 
@@ -137,8 +139,9 @@ def test_malformed_headers_and_descriptions(count: int, seed: int, allocated: Ca
 
 def test_no_turned_bit_of_a_header_is_believed() -> None:
     for bit in range(512):
-        comm = Wire()
-        comm.others = [
+        other_rank = Wire()
+        comm = Communicator(other_rank)
+        other_rank.others = [
             lambda own, size, bit=bit: (int.from_bytes(own, "little") ^ 1 << bit).to_bytes(64, "little")
         ]
         with pytest.raises(Mismatch, match=r"^rank 1 (sent a malformed header|does not speak)"):
@@ -147,19 +150,21 @@ def test_no_turned_bit_of_a_header_is_believed() -> None:
 
 def test_descriptions_that_differ_where_they_are_cut_are_told_apart() -> None:
     """Beyond 64 KB only the digest knows."""
-    comm = Wire()
+    other_rank = Wire()
+    comm = Communicator(other_rank)
 
     def other(own: bytes, size: int) -> bytes:
         return _sealed([*_fields(own)[:DIGEST], b"another digest..", 0, 0])
 
-    comm.others = [other, lambda own, size: own]
+    other_rank.others = [other, lambda own, size: own]
     with pytest.raises(Mismatch, match="too long to compare"):
         agree(comm, {"sizes": [7] * 70_000})
 
 
 @pytest.mark.parametrize("epoch", [1 << 63, 1.5, "second"])
 def test_an_epoch_that_is_no_number_of_64_bits_is_refused_on_every_rank(epoch: Any) -> None:
-    comm = Wire()
+    other_rank = Wire()
+    comm = Communicator(other_rank)
     comm.epoch = epoch
     failed: list[int] = []
 
@@ -167,7 +172,7 @@ def test_an_epoch_that_is_no_number_of_64_bits_is_refused_on_every_rank(epoch: A
         failed.append(_fields(own)[FAILED])
         return own
 
-    comm.others = [other, lambda own, size: own]
+    other_rank.others = [other, lambda own, size: own]
     with pytest.raises((ValueError, TypeError)):
         agree(comm, CALL)
     assert failed == [1]

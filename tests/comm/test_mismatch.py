@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import shardsum
-from shardsum.comm import Communicator, launch
+from shardsum.comm import Communicator
+from shardsum.launching import launch
 from shardsum.strategies import STRATEGIES
 
 from .. import dense

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardsum.comm import Communicator, connect, launch
+from shardsum.comm import Communicator, connect
+from shardsum.launching import launch
 
 from .sockets import LAUNCHERS, listening
 

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from shardsum.comm import Communicator, launch
+from shardsum.comm import Communicator
+from shardsum.launching import launch
 
 from ..unpickling import FOLDER
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from shardsum.comm import Communicator, launch
+from shardsum.comm import Communicator
+from shardsum.launching import launch
 
 from .random_problems import check, draw
 

@@ -12,7 +12,6 @@ import torch
 from shardsum import AttentionState, launch, prepared, state
 from shardsum.collectives import Operation, operations, sums
 from shardsum.comm import Communicator
-from shardsum.comm.threads import ThreadCommunicator
 from shardsum.kernels import OutputGradient, aten
 from shardsum.masks import Mask
 from shardsum.partials import STATES, SUMS, Merged, Partial
@@ -109,7 +108,7 @@ def a_rank_with_nan_is_dropped(patch: pytest.MonkeyPatch) -> None:
 
 
 def the_rank_is_a_cached_global(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ThreadCommunicator, "rank", property(lambda self: 0, lambda self, rank: None), raising=False)
+    patch.setattr(Communicator, "rank", property(lambda self: 0, lambda self, rank: None), raising=False)
 
 
 def the_states_go_to_the_wrong_rows(patch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import GenerationConfig, TextStreamer
 
-from shardsum.comm import launch
 from shardsum.errors import Mismatch, Unsupported
 from shardsum.hf import generate, sharded
+from shardsum.launching import launch
 
 from .tiny import assert_same, on_ranks, plain, prompt, tiny, words
 

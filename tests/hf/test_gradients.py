@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from shardsum.comm import launch
 from shardsum.errors import Mismatch
 from shardsum.hf.gradients import sum_gradients, weights_digest
+from shardsum.launching import launch
 
 from ..tolerances import assert_close
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from shardsum.comm import launch
 from shardsum.comm.group import subgroup
 from shardsum.hf import generate, sharded, training
+from shardsum.launching import launch
 
 from .test_training import alone, assert_same, gradients, labelled
 from .tiny import plain, prompt, tiny

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardsum.comm import launch
 from shardsum.errors import Mismatch, Unsupported
 from shardsum.hf import binding, generate, sharded
+from shardsum.launching import launch
 from shardsum.layouts import Layout
 
 from .tiny import assert_same, on_ranks, plain, prompt, tiny

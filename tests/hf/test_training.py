@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardsum.comm import connect, launch
+from shardsum.comm import connect
 from shardsum.errors import Mismatch, Unsupported
 from shardsum.hf import batch, training
+from shardsum.launching import launch
 from shardsum.layouts import Layout
 
 from ..tolerances import assert_close

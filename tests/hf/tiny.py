@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from shardsum.comm import launch
 from shardsum.hf import generate
+from shardsum.launching import launch
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,

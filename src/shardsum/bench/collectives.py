@@ -14,8 +14,11 @@ from torch.distributed import FileStore
 
 from ..arguments import Arguments
 from ..collectives import COLLECTIVES, all_reduce_states, as_collective
-from ..comm import Communicator, Description, agree, launch
-from ..comm.torch_distributed import TorchCommunicator, connect_gloo
+from ..comm import Communicator, Description, agree
+from ..comm.mpi import MpiTransport
+from ..comm.threads import ThreadTransport
+from ..comm.torch_distributed import GlooTransport
+from ..launching import launch
 from ..problem import Sizes
 from ..state import AttentionState
 from .timing import alternate, machine, ratio
@@ -51,7 +54,7 @@ def measure(ranks: int, transport: str, queries: int, repetitions: int) -> dict[
         "state_bytes": state_bytes(queries),
         "seconds": {name: sorted(t)[len(t) // 2] for name, t in times.items()},
         "ratio": {name: ratio(t, times[ours]) for name, t in times.items() if name != ours},
-        "target": _targets(queries) if (ranks, transport) == (2, "mpi") else {},
+        "target": _targets(queries) if (ranks, transport) == (2, MpiTransport.name) else {},
         "repetitions": repetitions,
         **before,
     }
@@ -71,13 +74,11 @@ def _targets(queries: int) -> dict[str, float]:
 def _times(comm: Communicator, store: str, queries: int, repetitions: int) -> dict[str, list[float]]:
     """Seconds of one operation in each repetition, on this rank."""
     sides = _sides(comm, queries)
-    gloo: TorchCommunicator | None = comm if isinstance(comm, TorchCommunicator) else None
-    if comm.transport == "mpi":
-        sides |= _raw_mpi(queries)
-        gloo = connect_gloo(FileStore(store, comm.size), comm.rank, comm.size, comm.deadline_seconds, ["lo"])
-        sides |= _sides(gloo, queries)
-    if gloo is not None:
-        sides |= _raw_gloo(gloo, queries)
+    if comm.transport != ThreadTransport.name:
+        gloo = GlooTransport.over(FileStore(store, comm.size), comm.rank, comm.size, comm.deadline_seconds, ["lo"])
+        sides |= _raw_gloo(gloo.group, queries)
+        if comm.transport == MpiTransport.name:
+            sides |= _raw_mpi(queries) | _sides(Communicator(gloo), queries)
     counts = {name: _how_often(comm, side) for name, side in sides.items()}
     runs = {name: functools.partial(_repeat, side, counts[name]) for name, side in sides.items()}
     times = alternate(runs, repetitions, comm.barrier)
@@ -130,7 +131,7 @@ def _raw_mpi(queries: int) -> Sides:
     }
 
 
-def _raw_gloo(comm: TorchCommunicator, queries: int) -> Sides:
+def _raw_gloo(group: Any, queries: int) -> Sides:
     from torch.distributed import AllreduceOptions, ReduceOp
 
     state, flat = _state(queries), torch.ones(state_bytes(queries) // 4)
@@ -140,13 +141,13 @@ def _raw_gloo(comm: TorchCommunicator, queries: int) -> Sides:
     def max_and_sum() -> AttentionState:
         """Shyam et al. 2024, algorithm 3, with numerator and denominator in one message."""
         top = state.lse.clone()
-        comm.group.allreduce([top], largest).wait()
+        group.allreduce([top], largest).wait()
         weight = (state.lse - top).exp().unsqueeze(-1)
         sums = torch.cat([state.out * weight, weight], dim=-1)
-        comm.group.allreduce([sums], total).wait()
+        group.allreduce([sums], total).wait()
         return AttentionState(sums[..., :-1] / sums[..., -1:], top + sums[..., -1].log())
 
     return {
         MAX_AND_SUM: max_and_sum,
-        "gloo all_reduce": lambda: comm.group.allreduce([flat], total).wait(),
+        "gloo all_reduce": lambda: group.allreduce([flat], total).wait(),
     }

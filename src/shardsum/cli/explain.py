@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ..comm import Communicator, connect
+from ..comm.threads import ThreadTransport
 from ..layouts import Layout
 from ..sharding import weighted_sum
 from .common import console, launchers_rank, numbers, on_ranks, print_json, rank_options
@@ -58,7 +59,7 @@ def explain(
         names, factors, table = _words(weights, values, words)
         size = comm.size if comm else ranks or RANKS
         shares = Layout("contiguous").lengths(len(factors), size)
-    transport = transport if comm else transport or "threads"
+    transport = transport if comm else transport or ThreadTransport.name
     result = on_ranks(distribute, ranks, transport, factors, table, shares, default_ranks=len(shares))
     if result is None:
         return

@@ -26,7 +26,7 @@ LAYOUTS = ("contiguous", "zigzag")
 
 def check_traffic(comm: Communicator) -> list[dict[str, Any]]:
     """For each mask, layout and strategy: bytes of all ranks, and whether each rank's traffic was as declared."""
-    device = "cuda" if comm.transport == "nccl" else "cpu"
+    device = comm.device
     generator = torch.Generator().manual_seed(0)
     sizes = [(1, Q_HEADS, LENGTH, HEAD_DIM), (1, KV_HEADS, LENGTH, HEAD_DIM), (1, KV_HEADS, LENGTH, V_DIM)]
     whole = [torch.randn(size, generator=generator).to(device) for size in sizes]

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..attention import attention
-from ..comm import Communicator, connect
-from ..comm.connect import mpi_installed
+from ..comm import LAUNCHED, TRANSPORTS, Communicator, connect
 from ..errors import Unsupported
 from ..layouts import NAMES, Layout
 from ..sharding import shard
@@ -58,7 +57,7 @@ def verify(ranks: int | None, transport: str | None, as_json: bool) -> int | Non
     if transport is not None or launchers_rank() is not None:
         transports = [transport]
     else:
-        transports = ["threads", "gloo", *(["mpi"] if mpi_installed() else [])]
+        transports = [name for name in reversed(LAUNCHED) if TRANSPORTS[name].why_not() is None]
     found = [on_ranks(check_all, ranks, name, default_ranks=RANKS) for name in transports]
     results = [one for one in found if one is not None]
     if not results:
@@ -92,7 +91,7 @@ def _cases() -> list[Case]:
 
 def check_all(comm: Communicator) -> dict[str, Any]:
     """The largest error of each strategy and layout over all ranks, and which cases were wrong."""
-    device = "cuda" if comm.transport == "nccl" else "cpu"
+    device = comm.device
     generator = torch.Generator().manual_seed(0)
     sizes = [(2, Q_HEADS, Q_LEN, HEAD_DIM), (2, KV_HEADS, KV_LEN, HEAD_DIM), (2, KV_HEADS, KV_LEN, V_DIM)]
     whole = [torch.randn(size, generator=generator, dtype=torch.float64).to(device) for size in sizes]

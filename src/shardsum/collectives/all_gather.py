@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from ..comm import Communicator, Ranks, Traffic
 from ..memory import kept_memory
-from ..packed import StateOperation, packed_shape, packer
+from ..packed import packed_shape, packer
 from ..state import AttentionState
 from .base import Collective
 from .operations import Operation, combine_all, merger_of_all
@@ -22,14 +20,16 @@ class GatherAll(Collective):
     def all_reduce_state(self, comm: Communicator, state: AttentionState) -> None:
         out = state.out
         key = "all_gather", out.shape, out.dtype, out.device
-        pack, gather, merge = comm.kept(key, _prepare, comm, state)
-        pack(state)
-        gather()
-        merge(state)
+        held_bytes = comm.size * (out.nbytes + state.lse.nbytes)
+        prepared = comm.prepared.get(key, held_bytes, lambda: PreparedStates(comm, state))
+        if prepared is None:
+            super().all_reduce_state(comm, state)
+        else:
+            prepared.all_reduce(state)
 
     def _all_reduce(self, comm: Communicator, rows: Tensor, operation: Operation) -> None:
-        whole, pieces = comm.scratch(rows, comm.size)
-        comm.all_gather_into(rows, whole)
+        whole, pieces = comm.buffers.get(rows, comm.size)
+        comm.all_gather(rows, into=whole)
         combine_all(pieces, operation, rows)
 
     def _traffic(self, ranks: Ranks, rows: int, row_bytes: int) -> Traffic:
@@ -42,10 +42,19 @@ class GatherAll(Collective):
         return ranks.size - 1
 
 
-def _prepare(
-    comm: Communicator, like: AttentionState
-) -> tuple[tuple[StateOperation, Callable[[], None], StateOperation], int]:
-    """What packs a state, gathers all ranks' and merges them, in memory of its own, and the bytes of that."""
-    whole = kept_memory(comm.size, *packed_shape(like), dtype=like.out.dtype, device=like.out.device)
-    pieces = whole.unbind()
-    return (packer(pieces[comm.rank]), comm.all_gather_again(whole), merger_of_all(pieces)), whole.nbytes
+class PreparedStates:
+    """All ranks' states of one shape, packed, gathered and merged in the same memory by an operation made once.
+
+    The plain way is that of every other collective, `Collective.all_reduce_state`, to the same bits.
+    """
+
+    def __init__(self, comm: Communicator, like: AttentionState) -> None:
+        whole = kept_memory(comm.size, *packed_shape(like), dtype=like.out.dtype, device=like.out.device)
+        pieces = whole.unbind()
+        self._pack, self._merge = packer(pieces[comm.rank]), merger_of_all(pieces)
+        self._gather = comm.prepare_all_gather(whole)
+
+    def all_reduce(self, state: AttentionState) -> None:
+        self._pack(state)
+        self._gather()
+        self._merge(state)

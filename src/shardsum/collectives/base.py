@@ -31,7 +31,7 @@ class Collective(ABC):
 
     def all_reduce_state(self, comm: Communicator, state: AttentionState) -> None:
         """Replace `state` by all ranks' merged: contiguous, with rows, of one shape on each of several ranks."""
-        packed = comm.scratch(state.out, 1, "send", packed_shape(state))[1][0]
+        packed = comm.buffers.get(state.out, 1, "send", packed_shape(state))[1][0]
         packer(packed)(state)
         self._all_reduce(comm, packed, MERGE)
         unpacker(packed)(state)

@@ -43,7 +43,7 @@ class KaryExchange(Collective):
         assert fold.index is not None
         own = fold.index // inside % factor
         first = fold.index - own * inside
-        pieces = comm.scratch(rows, factor - 1)[1]
+        pieces = comm.buffers.get(rows, factor - 1)[1]
         peers = [fold.rank_of(first + place * inside) for place in range(factor)]
         messages = []
         for step in range(1, factor):

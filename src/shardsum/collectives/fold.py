@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..comm import NOTHING, Communicator, Traffic
+from ..comm import Communicator, Traffic
 from .operations import Operation
 
 
@@ -45,10 +45,10 @@ class Fold:
         if not self._has_partner:
             return
         if self.index is None:
-            comm.start((rows, self.rank + 1, NOTHING, self.rank + 1))()
+            comm.send(rows, self.rank + 1)
         else:
-            _, (theirs,) = comm.scratch(rows)
-            comm.start((NOTHING, self.rank - 1, theirs, self.rank - 1))()
+            _, (theirs,) = comm.buffers.get(rows)
+            comm.receive(theirs, self.rank - 1)
             operation.combine(theirs, rows, rows)
 
     def leave(self, comm: Communicator, rows: Tensor) -> None:
@@ -56,9 +56,9 @@ class Fold:
         if not self._has_partner:
             return
         if self.index is None:
-            comm.start((NOTHING, self.rank + 1, rows, self.rank + 1))()
+            comm.receive(rows, self.rank + 1)
         else:
-            comm.start((rows, self.rank - 1, NOTHING, self.rank - 1))()
+            comm.send(rows, self.rank - 1)
 
     def traffic(self, rows_bytes: int) -> Traffic:
         """What this rank sends besides the algorithm: its rows, or the result."""

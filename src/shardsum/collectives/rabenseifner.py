@@ -34,7 +34,7 @@ class Rabenseifner(Collective):
 
     def _halve(self, comm: Communicator, fold: Fold, rows: Tensor, operation: Operation, ranks: int) -> None:
         assert fold.index is not None
-        _, (spare,) = comm.scratch(rows)
+        _, (spare,) = comm.buffers.get(rows)
         for distance in distances(ranks):
             peer = fold.rank_of(fold.index ^ distance)
             own = _held(rows, ranks, fold.index, distance)

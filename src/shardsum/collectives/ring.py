@@ -21,7 +21,7 @@ class RingReduce(Collective):
         size = comm.size
         blocks = [rows[part] for part in slices(len(rows), size)]
         longest = max(blocks, key=len)
-        _, (spare,) = comm.scratch(longest)
+        _, (spare,) = comm.buffers.get(longest)
         to, source = (comm.rank + 1) % size, (comm.rank - 1) % size
         for step in range(size - 1):
             sent, own = blocks[(comm.rank - step) % size], blocks[(comm.rank - step - 1) % size]

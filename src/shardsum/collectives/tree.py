@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..comm import NOTHING, Communicator, Ranks, Traffic
+from ..comm import Communicator, Ranks, Traffic
 from .base import Collective, depth, distances
 from .operations import Operation
 
@@ -31,14 +31,14 @@ class BinomialTree(Collective):
 
 def reduce_to_first(comm: Communicator, rows: Tensor, operation: Operation) -> None:
     """Combine all ranks' rows in those of rank 0; on other ranks they become partial results."""
-    _, (theirs,) = comm.scratch(rows)
+    _, (theirs,) = comm.buffers.get(rows)
     distance = 1
     while distance < comm.size:
         if comm.rank & distance:
-            comm.start((rows, comm.rank - distance, NOTHING, comm.rank - distance))()
+            comm.send(rows, comm.rank - distance)
             return
         if comm.rank + distance < comm.size:
-            comm.start((NOTHING, comm.rank + distance, theirs, comm.rank + distance))()
+            comm.receive(theirs, comm.rank + distance)
             operation.combine(rows, theirs, rows)
         distance *= 2
 
@@ -47,9 +47,9 @@ def broadcast_from_first(comm: Communicator, rows: Tensor) -> None:
     """Replace all ranks' rows by those of rank 0."""
     for distance in distances(comm.size):
         if comm.rank % (2 * distance) == distance:
-            comm.start((NOTHING, comm.rank - distance, rows, comm.rank - distance))()
+            comm.receive(rows, comm.rank - distance)
         elif comm.rank % (2 * distance) == 0 and comm.rank + distance < comm.size:
-            comm.start((rows, comm.rank + distance, NOTHING, comm.rank + distance))()
+            comm.send(rows, comm.rank + distance)
 
 
 def tree_traffic(ranks: Ranks, rows_bytes: int) -> Traffic:

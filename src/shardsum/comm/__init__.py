@@ -1,26 +1,30 @@
 """Between ranks: communicators over threads, torch.distributed and MPI, and how to get one."""
 
 from .agreement import Description, agree, agree_on, mistakes_reach_all
-from .base import NOTHING, Communicator, Message, Traffic
+from .communicator import Communicator, Message, subgroup
 from .connect import as_communicator, connect
-from .group import subgroup
-from .launch import launch
+from .counting import CountingTransport
 from .ranks import Ranks
-from .threads import SingleCommunicator
+from .registry import LAUNCHED, TRANSPORTS
+from .single import SingleTransport
+from .traffic import Traffic
+from .transport import Transport
 
 __all__ = [
-    "NOTHING",
+    "LAUNCHED",
+    "TRANSPORTS",
     "Communicator",
+    "CountingTransport",
     "Description",
     "Message",
     "Ranks",
-    "SingleCommunicator",
+    "SingleTransport",
     "Traffic",
+    "Transport",
     "agree",
     "agree_on",
     "as_communicator",
     "connect",
-    "launch",
     "mistakes_reach_all",
     "subgroup",
 ]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import Mismatch
 from ..memory import kept_memory
-from .base import Communicator
+from .communicator import Communicator
 
 # The fields of a _Header, alike on all ranks where all is well; q_len and kv_len; and behind each its CRC-32.
 _HEADER, _LENGTHS, _CHECK_BYTES = struct.Struct("<4sBBHqq16s"), struct.Struct("<qq"), 4
@@ -145,10 +145,29 @@ def _announce(comm: Communicator, error: Exception) -> None:
 
 def _gather_frames(comm: Communicator, header: bytes, lengths: bytes) -> bytes:
     """All ranks' frames, one after another."""
-    own, everyones, gather = comm.kept("agreement", _frames, comm)
-    own[:] = header + lengths
-    gather()
-    return everyones.tobytes()
+    prepared = comm.prepared.get("agreement", comm.size * _FRAME_BYTES, lambda: PreparedFrames(comm))
+    frame = header + lengths
+    return gather_frames(comm, frame) if prepared is None else prepared.gather(frame)
+
+
+def gather_frames(comm: Communicator, frame: bytes) -> bytes:
+    """All ranks' frames in memory that is new: the plain way."""
+    part = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+    return torch.cat(comm.all_gather(part)).numpy().tobytes()
+
+
+class PreparedFrames:
+    """All ranks' frames, gathered again and again in the same memory by an operation that was made once."""
+
+    def __init__(self, comm: Communicator) -> None:
+        frames = kept_memory(comm.size, _FRAME_BYTES, dtype=torch.uint8)
+        self._own, self._everyones = frames[comm.rank].numpy().data, frames.numpy().data
+        self._gather = comm.prepare_all_gather(frames)
+
+    def gather(self, frame: bytes) -> bytes:
+        self._own[:] = frame
+        self._gather()
+        return self._everyones.tobytes()
 
 
 def _mismatch(comm: Communicator, description: Description, frames: bytes) -> Mismatch | None:
@@ -182,13 +201,6 @@ def _header(described: Description, failed: bool, number: int, epoch: int = 0) -
         raise ValueError(f"comm.epoch must be a whole number of 64 bits: got {epoch!r}.") from None
 
 
-def _frames(comm: Communicator) -> tuple[tuple[memoryview, memoryview, Callable[[], None]], int]:
-    """Memory for this rank's frame, all ranks' with it, and what fills in the others'."""
-    frames = kept_memory(comm.size, _FRAME_BYTES, dtype=torch.uint8)
-    own, everyones = frames[comm.rank].numpy().data, frames.numpy().data
-    return (own, everyones, comm.all_gather_again(frames)), frames.nbytes
-
-
 def _with_check(fields: bytes) -> bytes:
     """The fields and their CRC-32."""
     return fields + zlib.crc32(fields).to_bytes(_CHECK_BYTES, "little")
@@ -203,24 +215,26 @@ def _packed_lengths(q_len: int, kv_len: int) -> bytes:
 @functools.lru_cache
 def _lengths(*packed: bytes) -> list[tuple[int, int]] | None:
     """Every rank's q_len and kv_len; None where one has none."""
-    found = []
-    for one in packed:
-        if _with_check(one[: _LENGTHS.size]) != one:
+    lengths = []
+    for part in packed:
+        if _with_check(part[: _LENGTHS.size]) != part:
             return None
-        q_len, kv_len = _LENGTHS.unpack_from(one)
+        q_len, kv_len = _LENGTHS.unpack_from(part)
         if not (0 <= q_len <= _MAX_LENGTH and 0 <= kv_len <= _MAX_LENGTH):
             return None
-        found.append((q_len, kv_len))
-    return found
+        lengths.append((q_len, kv_len))
+    return lengths
 
 
-def _lengths_behind(header: bytes, together: bytes) -> list[tuple[int, int]] | None:
-    """Every rank's lengths if its frame is this header and they are right; None where one's is not.
-
-    Lengths are shorter than a header: so many of them, each whole, leave no other place for the headers.
-    """
-    first, *packed = together.split(header)
-    return None if first or len(packed) * _FRAME_BYTES != len(together) else _lengths(*packed)
+def _lengths_behind(header: bytes, frames: bytes) -> list[tuple[int, int]] | None:
+    """Every rank's lengths if each frame is this header and then lengths that are right, else None."""
+    lengths = []
+    for start in range(0, len(frames), _FRAME_BYTES):
+        end_of_header = start + _HEADER_BYTES
+        if frames[start:end_of_header] != header:
+            return None
+        lengths.append(frames[end_of_header : start + _FRAME_BYTES])
+    return _lengths(*lengths)
 
 
 def _read(frame: bytes, rank: int) -> _Header:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import RankLost, Unsupported
-from .base import DEFAULT_DEADLINE_SECONDS, Communicator
+from .environment import share_cores, started_by_mpiexec
+from .transport import DEFAULT_DEADLINE_SECONDS, Transport
 
 # A finished message is seen at once while polling; after this long it is no longer latency that counts, and
 # the core goes to whoever needs it (more ranks than cores, or a neighbour that still computes).
@@ -21,65 +24,112 @@ SPIN_SECONDS = 0.0005
 # hear from the others, so as to name those that are silent.
 LOOK_SECONDS, ANSWER_SECONDS = 0.1, 0.5
 _GIVEN_UP = 1  # the tag of what a rank sends that gave up; all else has tag 0
+_RECOVERS = "OMPI_MCA_mpi_ft_enable"  # what `--with-ft ulfm` sets for each rank
 _MAX_BYTES = 2**31 - 1  # of one MPI message counted by a C int
 
 
-class MpiCommunicator(Communicator):
+NEEDED = "the mpi transport needs mpi4py and an MPI library: pip install 'shardsum[mpi]'."
+
+
+class MpiTransport(Transport):
     """All ranks of `mpi` (default MPI_COMM_WORLD), on a communicator of our own.
 
     Every operation is non-blocking and polled, so that no wait outlasts the deadline.
     """
 
-    transport = "mpi"
+    name = "mpi"
+    started_by = "mpiexec"
+
+    @staticmethod
+    def abort() -> None:
+        _import_mpi().COMM_WORLD.Abort(1)
 
     def __init__(self, mpi: Any = None, deadline_seconds: float = DEFAULT_DEADLINE_SECONDS) -> None:
-        self._mpi = (_import_mpi().COMM_WORLD if mpi is None else mpi).Dup()
-        super().__init__(self._mpi.Get_rank(), self._mpi.Get_size(), deadline_seconds)
+        self._use((_import_mpi().COMM_WORLD if mpi is None else mpi).Dup(), deadline_seconds)
+
+    def _use(self, own: Any, deadline_seconds: float) -> None:
+        """`own`: a communicator of MPI that nobody else uses."""
         library = _import_mpi()
-        self._error, self._byte, self._at = library.Exception, library.BYTE, library.buffer.fromaddress
-        self._in_place, self._is_over = library.IN_PLACE, library.Is_finalized
+        self._mpi = own
+        super().__init__(own.Get_rank(), own.Get_size(), deadline_seconds)
+        self.error, self._byte, self._at = library.Exception, library.BYTE, library.buffer.fromaddress
+        self._in_place, self.is_over = library.IN_PLACE, library.Is_finalized
 
     def close(self) -> None:
         if not self.closed:
             super().close()
-            self._mpi.Free()
+            if self.loss is None:
+                self._mpi.Free()
 
-    def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
+    @classmethod
+    def why_not(cls) -> str | None:
+        return None if _mpi_installed() else NEEDED
+
+    @classmethod
+    def is_offered(cls) -> bool:
+        return started_by_mpiexec()
+
+    @classmethod
+    def connect(cls, deadline_seconds: float) -> Transport:
+        share_cores()
+        return cls(deadline_seconds=deadline_seconds)
+
+    @classmethod
+    def join(cls, directory: Path, rank: int | None, size: int, deadline_seconds: float) -> Transport:
+        return cls(deadline_seconds=deadline_seconds)
+
+    def why_not_shrink(self) -> str | None:
+        if os.environ.get(_RECOVERS, "0").lower() in ("1", "true"):
+            return None
+        return "mpi goes on without a lost rank only under `mpiexec --with-ft ulfm` of Open MPI 5: start ranks so."
+
+    def revoke(self) -> None:
+        self._mpi.Revoke()
+
+    def shrink(self) -> Transport:
+        """The ranks that MPI knows to be alive. Source: Bland et al. 2013 (MPI_Comm_revoke, MPI_Comm_shrink)."""
+        shrunk = MpiTransport.__new__(MpiTransport)
+        shrunk._use(self._mpi.Shrink(), self.deadline_seconds)
+        self.loss = self.loss or "the other ranks have gone on in a communicator of their own."
+        self.close()
+        return shrunk
+
+    def all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
         start, to_all, from_all = self._mpi.Iallgather, self._buffer(send), self._buffer(receive)
         if sizes.count(sizes[0]) < len(sizes):
             start, from_all = self._mpi.Iallgatherv, [from_all, sizes, _displacements(sizes), self._byte]
-        self._wait([start(to_all, from_all)])
+        self.wait([start(to_all, from_all)])
 
-    def _all_gather_again(self, pieces: Tensor) -> Callable[[], None]:
+    def prepare_all_gather(self, pieces: Tensor) -> Callable[[], None]:
         try:
             request = self._mpi.Allgather_init(self._in_place, self._buffer(pieces))
         except NotImplementedError:  # an MPI older than 4.0, as Open MPI 4 is
-            return super()._all_gather_again(pieces)
-        except self._error as failure:
-            raise self._lost_by(failure) from failure
+            return super().prepare_all_gather(pieces)
+        except self.error as failure:
+            raise self.lost_by(failure) from failure
         return _PersistentRequest(self, request, pieces).again
 
-    def _all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
+    def all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
         sent, together = [part.nbytes for part in send], torch.cat(send)
         request = self._mpi.Ialltoallv(
             [self._buffer(together), sent, _displacements(sent), self._byte],
             [self._buffer(receive), sizes, _displacements(sizes), self._byte],
         )
-        self._wait([request])
+        self.wait([request])
 
-    def _exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]:
+    def exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]:
         requests = [self._mpi.Irecv(self._buffer(receive), source)] if receive.nbytes else []
         if send.nbytes:
             requests.append(self._mpi.Isend(self._buffer(send), to))
-        held = send, receive  # memory that MPI writes and reads until it is done
+        memory = send, receive  # which MPI writes and reads until it is done
 
         def wait() -> None:
-            assert held
-            self._wait(requests, source, to)
+            assert memory
+            self.wait(requests, source, to)
 
         return wait
 
-    def _wait(self, requests: Sequence[Any], *peers: int) -> None:
+    def wait(self, requests: Sequence[Any], *peers: int) -> None:
         """Poll until all requests are done. Raises: RankLost past the deadline, or where a peer has failed."""
         start = time.perf_counter()
         look = LOOK_SECONDS
@@ -92,10 +142,10 @@ class MpiCommunicator(Communicator):
                             look = waited + LOOK_SECONDS
                             self._look(waited, peers)
                         os.sched_yield()
-        except self._error as failure:
-            raise self._lost_by(failure, peers) from failure
+        except self.error as failure:
+            raise self.lost_by(failure, peers) from failure
 
-    def _lost_by(self, failure: Exception, peers: Sequence[int] = ()) -> RankLost:
+    def lost_by(self, failure: Exception, peers: Sequence[int] = ()) -> RankLost:
         """What MPI's error means, in an operation with these peers (none: with all)."""
         who = _named(self._gone() or peers)
         return self.lost(f"{who} is gone: rank {self.rank} waited, and MPI says {failure}.")
@@ -113,7 +163,7 @@ class MpiCommunicator(Communicator):
         try:
             failed = self._mpi.Get_failed()
             return list(failed.Translate_ranks(None, self._mpi.Get_group()))
-        except (self._error, NotImplementedError):
+        except (self.error, NotImplementedError):
             return []
 
     def _silent(self) -> list[int]:
@@ -147,24 +197,24 @@ _under_way: list[Tensor] = []  # memory that MPI may still write
 class _PersistentRequest:
     """A request of MPI that is started again and again, and freed with this object."""
 
-    def __init__(self, comm: MpiCommunicator, request: Any, held: Tensor) -> None:
-        """`held`: memory that MPI writes and reads."""
-        self._comm, self._requests, self._start, self._held = comm, [request], request.Start, held
+    def __init__(self, transport: MpiTransport, request: Any, memory: Tensor) -> None:
+        """`memory`: what MPI writes and reads."""
+        self._transport, self._requests, self._start, self._memory = transport, [request], request.Start, memory
 
     def again(self) -> None:
         try:
             self._start()
-            self._comm._wait(self._requests)
-        except self._comm._error as failure:
-            raise self._comm._lost_by(failure) from failure
+            self._transport.wait(self._requests)
+        except self._transport.error as failure:
+            raise self._transport.lost_by(failure) from failure
         except BaseException:  # Ctrl-C: it can't be started again
-            self._comm.lost(f"rank {self._comm.rank} gave up a gather that is still under way.")
+            self._transport.lost(f"rank {self._transport.rank} gave up a gather that is still under way.")
             raise
 
     def __del__(self) -> None:
-        if self._comm._lost is not None:
-            _under_way.append(self._held)
-        elif not self._comm._is_over():
+        if self._transport.loss is not None:
+            _under_way.append(self._memory)
+        elif not self._transport.is_over():
             self._requests[0].Free()
 
 
@@ -179,13 +229,19 @@ def _import_mpi() -> Any:
     try:
         from mpi4py import MPI
     except ImportError as missing:
-        raise Unsupported(
-            "the mpi transport needs mpi4py and an MPI library: pip install 'shardsum[mpi]'."
-        ) from missing
+        raise Unsupported(NEEDED) from missing
     finally:
         for name in ours:
             del os.environ[name]
     return MPI
+
+
+def _mpi_installed() -> bool:
+    """Whether mpi4py is there; importing it would start MPI."""
+    try:
+        return importlib.util.find_spec("mpi4py") is not None
+    except (ImportError, ValueError):  # it is kept from being imported
+        return False
 
 
 def _without_sockets() -> dict[str, str]:

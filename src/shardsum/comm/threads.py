@@ -1,4 +1,4 @@
-"""Ranks as threads of one process: for tests, notebooks and closures; and the one rank that is alone."""
+"""Ranks as threads of one process: for tests, notebooks and closures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from threading import Condition, Lock
 from torch import Tensor
 
 from ..errors import RankLost
-from .base import DEFAULT_DEADLINE_SECONDS, Communicator, as_bytes
+from .transport import DEFAULT_DEADLINE_SECONDS, Transport, as_bytes, fenced
 
 
 class Hub:
@@ -25,6 +25,10 @@ class Hub:
         self._arrived = {pair: Condition(self._lock) for pair in pairs}
         self._gone: set[int] = set()
         self._failed: int | None = None
+        self._revoked_by: int | None = None
+        self._survivors: set[int] = set()
+        self._all_survivors_came = Condition(self._lock)
+        self._successor: tuple[list[int], Hub] | None = None
 
     def put(self, source: int, to: int, message: Tensor) -> None:
         with self._lock:
@@ -40,6 +44,8 @@ class Hub:
                     raise RankLost(f"rank {self._failed} failed; rank {to} was waiting for rank {source}.")
                 if source in self._gone:
                     raise RankLost(f"rank {source} has returned; rank {to} was waiting for it.")
+                if self._revoked_by is not None:
+                    raise RankLost(f"rank {self._revoked_by} goes on without a rank that it has lost.")
                 if not arrived.wait(end - time.monotonic()):
                     raise RankLost(f"rank {source} sent nothing to rank {to} within {deadline_seconds:g} s.")
             return queue.popleft()
@@ -50,35 +56,79 @@ class Hub:
             self._gone.add(rank)
             if failed and self._failed is None:
                 self._failed = rank
-            for arrived in self._arrived.values():
-                arrived.notify()
+            self._wake()
+            successor = self._successor
+        if successor is not None and rank in successor[0]:
+            successor[1].leave(successor[0].index(rank), failed)
+
+    def revoke(self, rank: int) -> None:
+        """Nobody waits here any more."""
+        with self._lock:
+            self._revoked_by = rank if self._revoked_by is None else self._revoked_by
+            self._wake()
+
+    def shrink(self, rank: int, deadline_seconds: float) -> tuple[list[int], Hub]:
+        """The ranks that are left, and their hub: those that have come here when no other can, or in time."""
+        end = time.monotonic() + deadline_seconds
+        with self._lock:
+            self._survivors.add(rank)
+            self._all_survivors_came.notify_all()
+            while self._successor is None:
+                missing = set(range(self.size)) - self._survivors - self._gone
+                if not missing or not self._all_survivors_came.wait(end - time.monotonic()):
+                    members = sorted(self._survivors - self._gone)
+                    self._successor = members, Hub(len(members))
+            return self._successor
+
+    def _wake(self) -> None:
+        for arrived in self._arrived.values():
+            arrived.notify()
+        self._all_survivors_came.notify_all()
 
 
-class ThreadCommunicator(Communicator):
+class ThreadTransport(Transport):
     """A rank that is a thread; what it sends is copied once, so the sender may reuse its buffers."""
 
-    transport = "threads"
+    name = "threads"
+    started_by = "threads"
 
     def __init__(self, hub: Hub, rank: int, deadline_seconds: float = DEFAULT_DEADLINE_SECONDS) -> None:
         super().__init__(rank, hub.size, deadline_seconds)
-        self._hub = hub
+        self.hub = hub
 
-    def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
+    def all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
         self._deliver([as_bytes(send).clone()] * self.size, as_bytes(receive), sizes)
 
-    def _all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
+    def all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
         self._deliver([message.clone() for message in send], receive, sizes)
+
+    def exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]:
+        if send.nbytes:
+            self.hub.put(self.rank, to, as_bytes(send).clone())
+        return lambda: self._receive(as_bytes(receive), source)
+
+    def why_not_shrink(self) -> str | None:
+        return None
+
+    def revoke(self) -> None:
+        self.hub.revoke(self.rank)
+
+    def shrink(self) -> Transport:
+        members, hub = self.hub.shrink(self.rank, self.deadline_seconds)
+        self.close()
+        if self.rank not in members:
+            raise fenced(self.rank, members)
+        return ThreadTransport(hub, members.index(self.rank), self.deadline_seconds)
+
+    @classmethod
+    def connect(cls, deadline_seconds: float) -> Transport:
+        raise ValueError("ranks that are threads exist inside shardsum.launch(..., transport='threads') only.")
 
     def _deliver(self, messages: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
         for to, message in enumerate(messages):
-            self._hub.put(self.rank, to, message)
+            self.hub.put(self.rank, to, message)
         for source, piece in enumerate(receive.split(sizes)):
             piece.copy_(self._get(source))
-
-    def _exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]:
-        if send.nbytes:
-            self._hub.put(self.rank, to, as_bytes(send).clone())
-        return lambda: self._receive(as_bytes(receive), source)
 
     def _receive(self, receive: Tensor, source: int) -> None:
         if receive.nbytes:
@@ -86,25 +136,6 @@ class ThreadCommunicator(Communicator):
 
     def _get(self, source: int) -> Tensor:
         try:
-            return self._hub.get(source, self.rank, self.deadline_seconds)
+            return self.hub.get(source, self.rank, self.deadline_seconds)
         except RankLost as loss:
             raise self.lost(str(loss)) from loss
-
-
-class SingleCommunicator(Communicator):
-    """The only rank there is: every collective is a copy."""
-
-    transport = "single"
-
-    def __init__(self, deadline_seconds: float = DEFAULT_DEADLINE_SECONDS) -> None:
-        super().__init__(0, 1, deadline_seconds)
-
-    def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
-        as_bytes(receive).copy_(as_bytes(send))
-
-    def _all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
-        receive.copy_(send[0])
-
-    def _exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]:
-        as_bytes(receive).copy_(as_bytes(send))
-        return lambda: None

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import itertools
+import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import RankLost
-from .base import DEFAULT_DEADLINE_SECONDS, Communicator, as_bytes
+from .environment import interfaces, rendezvous, share_cores, started_by_torchrun
+from .transport import DEFAULT_DEADLINE_SECONDS, Transport, as_bytes, fenced
 
 _STORE_SECONDS = 0.5  # for an answer, beside the deadline that has passed
+_START_SECONDS = 60.0  # ranks import torch at different speeds; that is no collective's deadline
+# How long survivors wait for each other, where it is not known who is left, and how often they look.
+_ANNOUNCE_SECONDS, _LOOK_SECONDS = 5.0, 0.005
 _groups = itertools.count()  # every rank makes the same ones, in the same order
 
 
-class TorchCommunicator(Communicator):
+class TorchTransport(Transport):
     """The ranks of one c10d process group (or of its backend), which need not be the global default group."""
 
     def __init__(
@@ -28,30 +36,21 @@ class TorchCommunicator(Communicator):
         group: Any,
         rank: int,
         size: int,
-        transport: str = "gloo",
         deadline_seconds: float = DEFAULT_DEADLINE_SECONDS,
         store: Any = None,
     ) -> None:
+        """`store`: where ranks tell each other who was lost."""
         super().__init__(rank, size, deadline_seconds)
-        self.transport = transport
-        self._store = store
-        self.group = group
+        self.group, self._store = group, store
         atexit.register(self.close)
         self._device: torch.device | None = None
         self._together: list[torch.device] = []
-        if transport == "nccl":
-            from torch.distributed import ProcessGroup
-
-            # NCCL moves CUDA memory only: what lies elsewhere is taken there and back.
-            self._device = torch.device("cuda", torch.cuda.current_device())
-            # A process group wants to know of which of its backends' devices a group of messages is.
-            self._together = [self._device] if isinstance(group, ProcessGroup) else []
 
     def close(self) -> None:
         super().close()
         self.group = None  # with the last reference its threads end; once Python stops they abort the process
 
-    def _all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
+    def all_gather(self, send: Tensor, receive: Tensor, sizes: list[int]) -> None:
         send, receive = as_bytes(send), as_bytes(receive)
         # Gloo's own collective does not say for whom it waited; NCCL's takes equal sizes only.
         if self._device is None or len(set(sizes)) > 1:
@@ -63,10 +62,10 @@ class TorchCommunicator(Communicator):
         self._wait(self.group.allgather([list(back.split(sizes))], [there]))
         _return(back, receive)
 
-    def _all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
+    def all_to_all(self, send: list[Tensor], receive: Tensor, sizes: list[int]) -> None:
         self._pairwise(send, receive, sizes)
 
-    def _exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]:
+    def exchange(self, send: Tensor, to: int, receive: Tensor, source: int) -> Callable[[], None]:
         send, receive = as_bytes(send), as_bytes(receive)
         there, back = self._at_hand(send), self._at_hand(receive)
         works = self._start([(to, there)] if send.nbytes else [], [(source, back)] if receive.nbytes else [])
@@ -154,27 +153,150 @@ def _return(back: Tensor, receive: Tensor) -> None:
         receive.copy_(back)
 
 
-def connect_gloo(
-    store: Any, rank: int, size: int, deadline_seconds: float, interfaces: Sequence[str] = ()
-) -> TorchCommunicator:
-    """A Gloo communicator over a c10d store, on these interfaces; by default on that of the host's own name."""
-    from torch.distributed import PrefixStore, ProcessGroupGloo
+class GlooTransport(TorchTransport):
+    """Gloo: CPUs of one host or many, through sockets."""
 
-    timeout = timedelta(seconds=deadline_seconds)
+    name = "gloo"
+    started_by = "processes"
+
+    def __init__(
+        self,
+        group: Any,
+        rank: int,
+        size: int,
+        deadline_seconds: float = DEFAULT_DEADLINE_SECONDS,
+        store: Any = None,
+        interfaces: Sequence[str] = (),
+    ) -> None:
+        super().__init__(group, rank, size, deadline_seconds, store)
+        self._interfaces = interfaces
+
+    @classmethod
+    def over(
+        cls, store: Any, rank: int, size: int, deadline_seconds: float, interfaces: Sequence[str] = ()
+    ) -> GlooTransport:
+        """The ranks that meet in a c10d store, on these interfaces; by default on that of the host's own name."""
+        from torch.distributed import PrefixStore
+
+        own = PrefixStore(f"shardsum {next(_groups)}", store)
+        return cls(
+            _gloo_group(own, rank, size, deadline_seconds, interfaces),
+            rank,
+            size,
+            deadline_seconds,
+            own,
+            interfaces,
+        )
+
+    def why_not_shrink(self) -> str | None:
+        if self._store is not None:
+            return None
+        return (
+            "a process group of the program's own has no store that ranks could meet in again: "
+            "get the communicator from shardsum.connect or shardsum.launch."
+        )
+
+    def revoke(self) -> None:
+        """The sockets close with the group's last reference: that is what the other ranks hear."""
+        self.close()
+        gc.collect()  # messages that were under way hold the group, and may be part of a traceback's circle
+
+    def shrink(self) -> Transport:
+        from torch.distributed import PrefixStore
+
+        members = self._decide()
+        if self.rank not in members:
+            raise fenced(self.rank, members)
+        rank, size = members.index(self.rank), len(members)
+        own = PrefixStore("shrunk", self._store)
+        group = _gloo_group(own, rank, size, max(self.deadline_seconds, _START_SECONDS), self._interfaces)
+        return GlooTransport(group, rank, size, self.deadline_seconds, own, self._interfaces)
+
+    def _decide(self) -> list[int]:
+        """The ranks that are left: one rank's view of who has come, which the store makes that of all."""
+        self._store.set(f"left {self.rank}", "1")
+        end = time.monotonic() + _ANNOUNCE_SECONDS
+        while True:
+            here = [rank for rank in range(self.size) if self._store.check([f"left {rank}"])]
+            lost = {int(self._store.get("lost"))} if self._store.check(["lost"]) else set()
+            complete = len({*here} | lost) == self.size
+            if complete or self._store.check(["members"]) or time.monotonic() > end:
+                view = self._store.compare_set("members", "", ",".join(map(str, here)))
+                return [int(rank) for rank in view.decode().split(",")]
+            time.sleep(_LOOK_SECONDS)
+
+    @classmethod
+    def is_offered(cls) -> bool:
+        return started_by_torchrun()
+
+    @classmethod
+    def connect(cls, deadline_seconds: float) -> Transport:
+        share_cores()
+        store, rank, size = rendezvous(cls.name, timedelta(seconds=deadline_seconds))
+        return cls.over(store, rank, size, deadline_seconds, interfaces())
+
+    @classmethod
+    def join(cls, directory: Path, rank: int | None, size: int, deadline_seconds: float) -> Transport:
+        from torch.distributed import FileStore
+
+        assert rank is not None
+        store = FileStore(str(directory / "store"), size)
+        made = cls.over(store, rank, size, max(deadline_seconds, _START_SECONDS), ["lo"])
+        made.deadline_seconds = deadline_seconds
+        return made
+
+
+def _gloo_group(store: Any, rank: int, size: int, timeout_seconds: float, interfaces: Sequence[str]) -> Any:
+    from torch.distributed import ProcessGroupGloo
+
     options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._timeout = timeout
+    options._timeout = timedelta(seconds=timeout_seconds)
     create = ProcessGroupGloo.create_device
-    devices = [create(interface=name) for name in interfaces]
-    options._devices = devices or [ProcessGroupGloo.create_default_device()]
-    own = PrefixStore(f"shardsum {next(_groups)}", store)
-    return TorchCommunicator(ProcessGroupGloo(own, rank, size, options), rank, size, "gloo", deadline_seconds, own)
+    options._devices = [create(interface=name) for name in interfaces] or [
+        ProcessGroupGloo.create_default_device()
+    ]
+    return ProcessGroupGloo(store, rank, size, options)
 
 
-def connect_nccl(store: Any, rank: int, size: int, deadline_seconds: float) -> TorchCommunicator:
-    """An NCCL communicator over a c10d store, on this process's current CUDA device."""
-    from torch.distributed import PrefixStore, ProcessGroupNCCL
+class NcclTransport(TorchTransport):
+    """NCCL: CUDA devices. What lies elsewhere is taken there and back."""
 
-    options = ProcessGroupNCCL.Options()
-    options._timeout = timedelta(seconds=deadline_seconds)
-    group = ProcessGroupNCCL(PrefixStore(f"shardsum {next(_groups)}", store), rank, size, options)
-    return TorchCommunicator(group, rank, size, "nccl", deadline_seconds)
+    name = "nccl"
+
+    def __init__(
+        self, group: Any, rank: int, size: int, deadline_seconds: float = DEFAULT_DEADLINE_SECONDS
+    ) -> None:
+        from torch.distributed import ProcessGroup
+
+        super().__init__(group, rank, size, deadline_seconds)
+        self.device = self._device = torch.device("cuda", torch.cuda.current_device())
+        # A process group wants to know of which of its backends' devices a group of messages is.
+        self._together = [self._device] if isinstance(group, ProcessGroup) else []
+
+    @classmethod
+    def is_offered(cls) -> bool:
+        return started_by_torchrun() and torch.cuda.is_available()
+
+    @classmethod
+    def connect(cls, deadline_seconds: float) -> Transport:
+        """This rank, on the process's current CUDA device."""
+        from torch.distributed import PrefixStore, ProcessGroupNCCL
+
+        share_cores()
+        store, rank, size = rendezvous(cls.name, timedelta(seconds=deadline_seconds))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        options = ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=deadline_seconds)
+        group = ProcessGroupNCCL(PrefixStore(f"shardsum {next(_groups)}", store), rank, size, options)
+        return cls(group, rank, size, deadline_seconds)
+
+
+def transport_over(group: Any) -> TorchTransport:
+    """The transport of a process group of the program's own."""
+    from torch.distributed import get_backend
+
+    backend = str(get_backend(group))
+    kind = NcclTransport if backend == NcclTransport.name else GlooTransport
+    transport = kind(group, group.rank(), group.size())
+    transport.name = backend
+    return transport

@@ -65,7 +65,8 @@ class Split:
         """How many (head, position) pairs a rank sends where each gets all heads of its positions back."""
         own = heads[self.place(rank)]
         others: int = sum(placement.lengths[other] for other in self.members(rank) if other != rank)
-        return others * (own.stop - own.start)
+        count: int = own.stop - own.start
+        return others * count
 
 
 @per_problem

@@ -1,4 +1,4 @@
-"""One rank of `launch` in a process of its own: `python -m shardsum.comm.worker DIRECTORY [RANK]`."""
+"""One rank of `launch` in a process of its own: `python -m shardsum.launching.worker DIRECTORY [RANK]`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,17 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..arrays import appears_whole
+from ..comm import TRANSPORTS, Communicator, Transport
+from ..comm.connect import MAIN, set_rank_of_process
 from . import wire
-from .base import GRACE_SECONDS, Communicator
-from .connect import MAIN, set_rank_of_process
-from .mpi import MpiCommunicator
-from .processes import SHARED_MEMORY
-from .torch_distributed import connect_gloo
-
-_START_SECONDS = 60.0  # ranks import torch at different speeds; that is no collective's deadline
+from .processes import GRACE_SECONDS, SHARED_MEMORY
 
 
 def main(directory: Path, rank: int | None) -> int:
@@ -34,7 +31,8 @@ def main(directory: Path, rank: int | None) -> int:
     job = json.loads((directory / "job.json").read_text())
     sys.path[:], sys.argv[:] = job["path"], job["argv"]
     threading.Thread(target=_end_with_the_launch, args=(directory,), daemon=True).start()
-    comm = _connect(job, directory, rank)
+    transport = TRANSPORTS[job["transport"]]
+    comm = _connect(transport, job, directory, rank)
     set_rank_of_process(comm)
     for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
         there = os.open(directory / f"{name}.{comm.rank}", os.O_WRONLY | os.O_NOCTTY)
@@ -48,8 +46,8 @@ def main(directory: Path, rank: int | None) -> int:
         try:
             _report(directory, comm.rank, error)
         finally:
-            if job["transport"] == "mpi":
-                _abort(directory, comm.size)
+            if transport.abort is not None:
+                _abort(transport.abort, directory, comm.size)
         return 1
     return 0
 
@@ -67,35 +65,26 @@ def _end_with_the_launch(directory: Path) -> None:
     os._exit(1)
 
 
-def _connect(job: dict[str, Any], directory: Path, rank: int | None) -> Communicator:
-    if job["transport"] == "mpi":
-        torch.set_num_threads(job["threads"])
-        return MpiCommunicator(deadline_seconds=job["deadline"])
-    assert rank is not None
-    if job["cores"]:
+def _connect(kind: type[Transport], job: dict[str, Any], directory: Path, rank: int | None) -> Communicator:
+    if rank is not None and job["cores"]:  # where nobody else has pinned it and told it its rank
         os.sched_setaffinity(0, job["cores"][rank])
     torch.set_num_threads(job["threads"])
-    from torch.distributed import FileStore
-
-    store = FileStore(str(directory / "store"), job["size"])
-    comm = connect_gloo(store, rank, job["size"], max(job["deadline"], _START_SECONDS), interfaces=["lo"])
-    comm.deadline_seconds = job["deadline"]
-    return comm
+    return Communicator(kind.join(directory, rank, job["size"], job["deadline"]))
 
 
 def _function(job: dict[str, Any]) -> Any:
     if job["module"]:
-        found: Any = importlib.import_module(job["module"])
+        function: Any = importlib.import_module(job["module"])
     else:
         spec = importlib.util.spec_from_file_location(MAIN, job["file"])
         assert spec is not None
         assert spec.loader is not None
-        found = importlib.util.module_from_spec(spec)
-        sys.modules[MAIN] = found
-        spec.loader.exec_module(found)
+        function = importlib.util.module_from_spec(spec)
+        sys.modules[MAIN] = function
+        spec.loader.exec_module(function)
     for name in job["name"].split("."):
-        found = getattr(found, name)
-    return found
+        function = getattr(function, name)
+    return function
 
 
 def _report(directory: Path, rank: int, error: BaseException) -> None:
@@ -110,21 +99,19 @@ def _report(directory: Path, rank: int, error: BaseException) -> None:
         unfinished.write_text(json.dumps(report))
 
 
-def _abort(directory: Path, size: int) -> None:
-    """End all ranks of MPI, as soon as they have reported or the time to do so has passed."""
-    from mpi4py import MPI
-
+def _abort(abort: Callable[[], None], directory: Path, size: int) -> None:
+    """End all ranks, as soon as they have reported or the time to do so has passed."""
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()  # MPI_Abort ends this process too, at once
+        stream.flush()  # this process ends too, at once
     end = time.monotonic() + GRACE_SECONDS
     while (
         time.monotonic() < end
         and sum(1 for what in ("error", "result") for _ in directory.glob(f"{what}.*[0-9]")) < size
     ):
         time.sleep(0.01)
-    # What it has to say is ours to say; where mpiexec is ending already, it says so on the rank's own stderr.
+    # What it has to say is ours to say; where the launcher is ending already, it says so on the rank's own stderr.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    MPI.COMM_WORLD.Abort(1)
+    abort()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,59 @@
+"""After a rank is lost, those that are left go on in a communicator of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import shardsum
+from shardsum import RankLost
+from shardsum.comm import LAUNCHED, Communicator
+from shardsum.comm.threads import ThreadTransport
+from shardsum.launching import launch
+
+RANKS, VICTIM = 3, 1
+
+
+def go_on(comm: Communicator, directory: str, in_the_midst: bool) -> None:
+    """Lose a rank, shrink, and write down how far attention on two ranks is from float64."""
+    comm.barrier()
+    if comm.rank == VICTIM:
+        if in_the_midst:
+            comm.start((torch.zeros(3), 0, torch.zeros(0), 0))
+        if comm.transport == ThreadTransport.name:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+    lost = False
+    try:
+        comm.all_gather(torch.zeros(3))
+        comm.all_gather(torch.zeros(3))
+    except RankLost:
+        lost = True
+    assert lost
+    left = comm.shrink()
+    assert (left.rank, left.size) == ([0, 2].index(comm.rank), 2)
+    q, k, v = (torch.randn(1, 2, 12, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    expected = (q.double() @ k.double().mT / 8**0.5).softmax(dim=3) @ v.double()
+    parts = [shardsum.shard(x, comm=left) for x in (q, k, v)]
+    out = shardsum.unshard(shardsum.attention(*parts, comm=left), comm=left)
+    (Path(directory) / f"{comm.rank}").write_text(str(float((out - expected).abs().max())))
+
+
+@pytest.mark.parametrize("in_the_midst", [False, True])
+@pytest.mark.parametrize("transport", LAUNCHED)
+def test_survivors_shrink_and_attend(
+    transport: str, in_the_midst: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shardsum.launching.processes.GRACE_SECONDS", 20.0)
+    if transport == ThreadTransport.name:
+        launch(go_on, RANKS, transport, (str(tmp_path), in_the_midst), deadline=20)
+    else:
+        with pytest.raises(RankLost):
+            launch(go_on, RANKS, transport, (str(tmp_path), in_the_midst), deadline=20)
+    errors = {file.name: float(file.read_text()) for file in tmp_path.iterdir()}
+    assert sorted(errors) == ["0", "2"]
+    assert max(errors.values()) < 2e-6
