@@ -65,12 +65,12 @@ def main() -> None:
         errors = [float(error) for error in exact.errors(state.out, expected)]
         allowed = bound.flatten().tolist()
         closest = max(error / most for error, most in zip(errors, allowed, strict=True))
-        found = {"largest_error": max(errors), "largest_bound": max(allowed), "closest": closest}
+        sizes = {"largest_error": max(errors), "largest_bound": max(allowed), "closest": closest}
         times = max(allowed) / max(errors)
         figures = (f"{max(errors):.2e}", f"{max(allowed):.2e}", f"{times:.0f}", f"{closest:.4f}")
         table.add_row(name, str(dtype).removeprefix("torch."), *figures)
         line = {"benchmark": "bounds", "kernel": name, "dtype": str(dtype), "keys": options.keys, "rows": ROWS}
-        line |= {"head_dim": HEAD_DIM, **found, "bound_over_error": round(times, 1), **machine()}
+        line |= {"head_dim": HEAD_DIM, **sizes, "bound_over_error": round(times, 1), **machine()}
         if options.write:
             with options.write.open("a") as file:
                 file.write(json.dumps(line) + "\n")

@@ -111,9 +111,9 @@ def main() -> None:
     for dtype in options.dtype:
         before = machine()
         alone, sides, same = one_process(dtype, options.repetitions)
-        found = line("one process of two threads", dtype, alone, sides[OURS], same, before)
-        found["tokens_per_second"][WEIGHTS] = round(TOKENS / statistics.median(sides[WEIGHTS]), 2)
-        lines = [found]
+        row = line("one process of two threads", dtype, alone, sides[OURS], same, before)
+        row["tokens_per_second"][WEIGHTS] = round(TOKENS / statistics.median(sides[WEIGHTS]), 2)
+        lines = [row]
         rounds, same = two_ranks(on_two_ranks, "mpi", (dtype, options.repetitions))
         times = [[seconds[side] for seconds in rounds] for side in (ALONE, OURS)]
         lines.append(line("two MPI ranks of a thread", dtype, *times, same, before))

@@ -111,8 +111,8 @@ class Work:
         """The largest relative norm of the error of the output and the gradients."""
         orders = [self.side.output, *[self.side.inputs] * 3]
         wanted = [shardsum.shard(x, comm=self._comm, layout=self.side.layout) for x in expected]
-        found = [_ordered(x, order).double() for x, order in zip(self(), orders, strict=False)]
-        return max(float((x - y).norm() / y.norm()) for x, y in zip(found, wanted, strict=False))
+        computed = [_ordered(x, order).double() for x, order in zip(self(), orders, strict=False)]
+        return max(float((x - y).norm() / y.norm()) for x, y in zip(computed, wanted, strict=False))
 
 
 def _ordered(x: Tensor, order: str) -> Tensor:
@@ -201,8 +201,8 @@ def measure(name: str, training: bool, wanted: list[str], repetitions: int) -> l
 
 def _versions() -> dict[str, str]:
     names = ("axolotl-ringmaster", "deepspeed", "para-attn", "ring-attention-pytorch")
-    found = {entry.name: entry.version for entry in importlib.metadata.distributions() if entry.name in names}
-    return {name: found[name] for name in names if name in found}
+    versions = {entry.name: entry.version for entry in importlib.metadata.distributions() if entry.name in names}
+    return {name: versions[name] for name in names if name in versions}
 
 
 def show(lines: list[dict[str, Any]]) -> None:

@@ -99,11 +99,11 @@ def main() -> None:
     losses = {"one process": shardsum.launch(alone, 1, args=arguments, deadline=3600)[0]}
     for ranks in options.ranks:
         runs = shardsum.launch(sharded, ranks, args=(*arguments, options.reproducible), deadline=3600)
-        name, found = f"{ranks} ranks", runs[0]["losses"]
-        losses[name] = found
-        differences = [abs(a / b - 1) for a, b in zip(found, losses["one process"], strict=True)]
+        name, together = f"{ranks} ranks", runs[0]["losses"]
+        losses[name] = together
+        differences = [abs(a / b - 1) for a, b in zip(together, losses["one process"], strict=True)]
         print(f"step  one process  {name}")
-        for step, (a, b) in enumerate(zip(losses["one process"], found, strict=True)):
+        for step, (a, b) in enumerate(zip(losses["one process"], together, strict=True)):
             print(f"{step + 1:4d}  {a:11.3f}  {b:7.3f}")
         print("every loss within 1e-4 of the one-process run:", max(differences) <= 1e-4)
         print("the same weights on every rank, to the bit:", len({run["weights"] for run in runs}) == 1)
@@ -111,7 +111,7 @@ def main() -> None:
             line = {"benchmark": "finetune", "model": "SmolLM2-135M-Instruct", "text": TEXT.name, "ranks": ranks}
             line |= {"tokens": options.tokens, "layout": "zigzag", "dtype": "float32", "optimizer": "AdamW"}
             line["reproducible"] = options.reproducible
-            line |= {"learning_rate": LEARNING_RATE, "losses_alone": losses["one process"], "losses": found}
+            line |= {"learning_rate": LEARNING_RATE, "losses_alone": losses["one process"], "losses": together}
             line |= {"largest_relative_difference": max(differences), "step_seconds": runs[0]["seconds"]}
             line |= machine()
             with Path(options.write).open("a") as file:

@@ -87,8 +87,8 @@ def attend(ranks: int | None, transport: str | None, as_json: bool, output: str,
 def _check_usage(options: dict[str, Any]) -> None:
     if options["weights"]:
         others = ("q", "k", "window", "key_range", "cu_seqlens", "q_start", "scale")
-        given = [name for name in others if options[name] is not None]
-        if given or options["causal"] or options["reproducible"]:
+        misplaced = [name for name in others if options[name] is not None]
+        if misplaced or options["causal"] or options["reproducible"]:
             raise click.UsageError(
                 "--weights are given already: leave --q, --k, --scale, --reproducible and the masks out."
             )

@@ -116,8 +116,8 @@ def _collectives_table(lines: list[dict[str, Any]]) -> Table:
     for line in lines:
         table.add_section()
         for side, seconds in line["seconds"].items():
-            found, target = line["ratio"].get(side), line["target"].get(side)
-            times = f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})" if found else ""
+            ratio, target = line["ratio"].get(side), line["target"].get(side)
+            times = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else ""
             state, wanted = f"{line['state_bytes']:,}", f"{target:g}" if target else ""
             table.add_row(str(line["ranks"]), state, side, f"{1e6 * seconds:,.1f}", times, wanted)
     return table
@@ -126,8 +126,8 @@ def _collectives_table(lines: list[dict[str, Any]]) -> Table:
 def _table(lines: list[dict[str, Any]]) -> Table:
     table = Table("work", "beside", "times as fast (least to most)", "target", "share of limit")
     for line in lines:
-        for side, found in line["ratio"].items():
-            speed = f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
+        for side, ratio in line["ratio"].items():
+            speed = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
             target = line["target"].get(side)
             table.add_row(
                 line["work"], side, speed, f"{target:g}" if target else "", f"{line['share_of_limit']:.0%}"

@@ -111,9 +111,9 @@ def progress(visible: bool = True) -> Progress:
 def numbers(text: str, what: str) -> list[float]:
     """The numbers of "1,2.5,3". Raises: click.UsageError naming the option."""
     try:
-        found = [float(number) for number in text.split(",")]
-        if all(map(math.isfinite, found)):
-            return found
+        values = [float(number) for number in text.split(",")]
+        if all(map(math.isfinite, values)):
+            return values
         raise click.UsageError(f"{what} must be finite numbers: got {text!r}.")
     except ValueError:
         raise click.UsageError(f"{what} must be numbers separated by commas: got {text!r}.") from None

@@ -33,17 +33,17 @@ def check_digests(comm: Communicator) -> list[dict[str, Any]]:
     device = comm.device
     whole = [torch.randn(1, *size, generator=generator).to(device) for size in sizes]
     alone = _digest(connect("single"), whole, NAMES[0], "auto")
-    found = []
+    rows = []
     for layout, strategy in itertools.product(NAMES, STRATEGIES):
         try:
-            found_here = _digest(comm, whole, layout, strategy)
+            digest = _digest(comm, whole, layout, strategy)
         except Unsupported:  # too few heads for so many ranks; every rank finds so
             if strategy not in ("ulysses", "hybrid"):
                 raise
             continue
-        equal = all(bool(x) for x in comm.all_gather(torch.tensor(found_here == alone, device=device)))
-        found.append({"layout": layout, "strategy": strategy, "digest": found_here, "as_alone": equal})
-    return found
+        equal = all(bool(x) for x in comm.all_gather(torch.tensor(digest == alone, device=device)))
+        rows.append({"layout": layout, "strategy": strategy, "digest": digest, "as_alone": equal})
+    return rows
 
 
 def _digest(comm: Communicator, whole: list[Tensor], layout: str, strategy: str) -> str:
@@ -51,8 +51,8 @@ def _digest(comm: Communicator, whole: list[Tensor], layout: str, strategy: str)
     *own, d_out = (shard(x, **place) for x in whole)
     inputs = [x.requires_grad_() for x in own]
     out = attention(*inputs, **place, strategy=strategy, causal=True)
-    found = [out.detach(), *torch.autograd.grad(out, inputs, d_out)]
-    return digest_bits(unshard(x, **place) for x in found)
+    results = [out.detach(), *torch.autograd.grad(out, inputs, d_out)]
+    return digest_bits(unshard(x, **place) for x in results)
 
 
 def digest_table(results: list[dict[str, Any]]) -> Table:

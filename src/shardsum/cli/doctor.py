@@ -31,12 +31,12 @@ def doctor(as_json: bool) -> None:
     """
     if not is_first_rank():
         return
-    found = examine()
+    facts = examine()
     if as_json:
-        print_json(found)
+        print_json(facts)
         return
     table = Table(show_header=False)
-    for name, value in found.items():
+    for name, value in facts.items():
         table.add_row(name.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value))
     console().print(table)
 

@@ -47,7 +47,7 @@ def explain(
     """
     comm = launchers_rank()
     if plain is not None:
-        if any(given is not None for given in (weights, values, words)):
+        if any(option is not None for option in (weights, values, words)):
             raise click.UsageError("--numbers is a plain sum: leave --weights, --values and --words out.")
         nodes = [numbers(node, "--numbers") for node in plain.split("/")]
         if ranks not in (None, len(nodes)):

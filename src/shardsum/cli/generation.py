@@ -12,12 +12,11 @@ from typing import Any
 
 import click
 import torch
-from rich.markup import escape
-from rich.table import Table
 
 from ..comm import Communicator, agree, connect, mistakes_reach_all
 from ..digests import digest_bits
-from .common import busy, console, launchers_rank, on_ranks, print_json, progress, rank_options
+from .common import busy, launchers_rank, on_ranks, print_json, progress, rank_options
+from .comparison import compare, show
 from .text import text_and_question
 
 RANKS = 2
@@ -127,14 +126,14 @@ def _compare(job: dict[str, Any], ranks: int | None, transport: str | None, as_j
         alone = _run_alone(*prepared, job)
         del prepared  # the ranks need the memory
         gc.collect()
-    found = on_ranks(run_on_rank, ranks, transport, job, alone, default_ranks=RANKS, deadline=DEADLINE_SECONDS)
-    if found is None:
+    runs = on_ranks(run_on_rank, ranks, transport, job, alone, default_ranks=RANKS, deadline=DEADLINE_SECONDS)
+    if runs is None:
         return None
-    report = _report(job, *found)
+    report = compare(job, *runs)
     if as_json:
         print_json(report)
     else:
-        _show(report)
+        show(report)
     difference = report["largest_logit_difference"]
     wrong = report["tokens_identical"] is False or not (difference or 0.0) <= LARGEST_LOGIT_DIFFERENCE
     unlike = job["reproducible"] and report["logits_digest"] is None
@@ -157,7 +156,7 @@ def run_on_rank(
         cache = session.new_cache()
         result = _measured(functools.partial(hf.generate, session), f"{comm.size} ranks", ids, cache, job, comm)
     numbers = torch.tensor([cache.bytes_held, result.pop("decode_sent_bytes")])
-    held, sent = torch.stack(comm.all_gather(numbers)).T.tolist()
+    kv_bytes, sent = torch.stack(comm.all_gather(numbers)).T.tolist()
     everyones = comm.all_gather(result["tokens"])
     own = digest_bits([result["logits"]])
     digests = [bytes(x.tolist()).decode() for x in comm.all_gather(torch.tensor(list(own.encode())))]
@@ -165,7 +164,7 @@ def run_on_rank(
         "answer": tokenizer.decode(result["tokens"], skip_special_tokens=True),
         "ranks": comm.size,
         "transport": comm.transport,
-        "kv_bytes": held,
+        "kv_bytes": kv_bytes,
         "wire_bytes_per_token": sum(sent) / (len(result["tokens"]) - 1) if len(result["tokens"]) > 1 else 0.0,
         "same_on_every_rank": all(torch.equal(tokens, result["tokens"]) for tokens in everyones),
         "logits_digest": own if len(set(digests)) == 1 else None,
@@ -203,8 +202,8 @@ def _run_alone(model: Any, tokenizer: Any, ids: torch.Tensor, job: dict[str, Any
     cache = DynamicCache()
     result = _measured(model.generate, "one process alone", ids, cache, job, None)
     layers: Any = cache.layers
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-    return result | {"kv_bytes": held}
+    kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    return result | {"kv_bytes": kv_bytes}
 
 
 def _measured(
@@ -252,63 +251,3 @@ class _Clock:
         self.sent_bytes.append(self.comm.traffic.sent_bytes if self.comm else 0)
         self.step()
         return scores
-
-
-def _report(job: dict[str, Any], ranks: dict[str, Any], alone: dict[str, Any] | None) -> dict[str, Any]:
-    """What is printed, as JSON values."""
-    both = {"ranks": ranks} if alone is None else {"alone": alone, "ranks": ranks}
-    report: dict[str, Any] = {
-        "ranks": ranks["ranks"],
-        "transport": ranks["transport"],
-        "dtype": job["dtype"],
-        "reproducible": job["reproducible"],
-        "prompt_tokens": ranks["prompt_tokens"],
-        "new_tokens": len(ranks["tokens"]),
-        "tokens_identical": None,
-        "largest_logit_difference": None,
-        "logits_digest": ranks["logits_digest"] if job["reproducible"] else None,
-        "kv_bytes_alone": alone and alone["kv_bytes"],
-        "kv_bytes_per_rank": ranks["kv_bytes"],
-        "wire_bytes_per_token": ranks["wire_bytes_per_token"],
-        "threads": {who: run["threads"] for who, run in both.items()},
-        "first_token_seconds": {who: run["first_token_seconds"] for who, run in both.items()},
-        "tokens_per_second": {who: run["tokens_per_second"] for who, run in both.items()},
-        "answer": ranks["answer"],
-    }
-    if alone is not None:
-        one, other = alone["tokens"], ranks["tokens"]
-        report["tokens_identical"] = ranks["same_on_every_rank"] and torch.equal(one, other)
-        # Up to the first token that differs, both computed the logits of the same text.
-        common = min(len(one), len(other))
-        differ = (one[:common] != other[:common]).nonzero().flatten().tolist()
-        steps = slice(0, differ[0] + 1 if differ else common)
-        difference = (alone["logits"][steps].float() - ranks["logits"][steps].float()).abs().max()
-        report["largest_logit_difference"] = float(difference)
-    return report
-
-
-def _show(report: dict[str, Any]) -> None:
-    out, size, alone = console(), report["ranks"], report["kv_bytes_alone"]
-    table = Table("", "one process alone", f"{size} ranks, {report['transport']}", title_justify="left", title="")
-    table.title = (
-        f"{report['prompt_tokens']:,} tokens of prompt, {report['new_tokens']} new tokens, {report['dtype']}"
-    )
-
-    def both(key: str, form: str) -> list[str]:
-        return [form.format(report[key][who]) if who in report[key] else "" for who in ("alone", "ranks")]
-
-    if alone:
-        identical = "[green]yes[/]" if report["tokens_identical"] else "[bold red]no[/]"
-        table.add_row("tokens identical", "", identical)
-        table.add_row("largest logit difference", "", f"{report['largest_logit_difference']:.1e}")
-    if report["reproducible"]:
-        table.add_row("digest of all logits", "", report["logits_digest"] or "[bold red]differs between ranks[/]")
-    most = max(report["kv_bytes_per_rank"])
-    share = f" ({most / alone:.1%})" if alone else ""
-    table.add_row("KV bytes per rank", f"{alone:,}" if alone else "", f"{most:,}{share}")
-    table.add_row("bytes on the wire per token", "", f"{report['wire_bytes_per_token']:,.0f}")
-    table.add_row("threads per process", *both("threads", "{}"))
-    table.add_row("time to first token, seconds", *both("first_token_seconds", "{:.1f}"))
-    table.add_row("tokens per second", *both("tokens_per_second", "{:.1f}"))
-    out.print(table)
-    out.print(f"\n{escape(report['answer'].strip())}")

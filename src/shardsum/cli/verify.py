@@ -58,8 +58,8 @@ def verify(ranks: int | None, transport: str | None, as_json: bool) -> int | Non
         transports = [transport]
     else:
         transports = [name for name in reversed(LAUNCHED) if TRANSPORTS[name].why_not() is None]
-    found = [on_ranks(check_all, ranks, name, default_ranks=RANKS) for name in transports]
-    results = [one for one in found if one is not None]
+    reports = [on_ranks(check_all, ranks, name, default_ranks=RANKS) for name in transports]
+    results = [one for one in reports if one is not None]
     if not results:
         return None
     failures = [failure for one in results for failure in one["failures"]]
@@ -143,14 +143,16 @@ def _layout(name: str, ranks: int) -> Layout:
     return Layout.weighted([1 + rank % 3 for rank in range(ranks)]) if name == WEIGHTED else Layout(name)
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
+def _error(computed: Tensor, expected: Tensor) -> float:
     """The relative norm of the difference; inf where one is infinite or NaN and the other is not."""
     if expected.numel() == 0:
         return 0.0
     finite = expected.isfinite()
-    if not torch.equal(found[~finite].double(), expected[~finite]) or not bool(found[finite].isfinite().all()):
+    if not torch.equal(computed[~finite].double(), expected[~finite]) or not bool(
+        computed[finite].isfinite().all()
+    ):
         return torch.inf
-    difference, scale = (found[finite] - expected[finite]).norm(), expected[finite].norm()
+    difference, scale = (computed[finite] - expected[finite]).norm(), expected[finite].norm()
     return float(difference / scale) if scale else float(difference)
 
 
