@@ -11,7 +11,7 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # Not the public operations and what they refuse: their own errors for wrong shapes are tested.
-INNER = ["masks", "geometry"]
+INNER = ["masks", "collectives", "geometry", "kernels", "partials", "strategies"]
 install_import_hook([f"shardsum.{name}" for name in INNER], "beartype.beartype")
 
 # The machine is shared: how long an example takes says nothing.
