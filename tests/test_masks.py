@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardsum.errors import Unsupported
-from shardsum.kernels.pieces import pieces
+from shardsum.kernels.rectangles import pieces
 from shardsum.masks import Bounds, Mask, localize
 
 from . import dense
