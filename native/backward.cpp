@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "operations.h"
-#include "weights.h"
+#include "backward_block.h"
 
 namespace SHARDSUM_ISA {
 

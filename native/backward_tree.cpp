@@ -6,7 +6,7 @@
 //
 // Source: the tree of pairwise summation (Blanchard, Higham, Mary 2020), for Dao et al. 2022 (FlashAttention, algorithm 4).
 #include "operations.h"
-#include "weights.h"
+#include "backward_block.h"
 
 namespace SHARDSUM_ISA {
 

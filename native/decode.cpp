@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "operations.h"
-#include "rows.h"
+#include "decode_chunk.h"
 #include "scratch.h"
 
 namespace SHARDSUM_ISA {

@@ -6,7 +6,7 @@
 #include <limits>
 
 #include "operations.h"
-#include "states.h"
+#include "row_sums.h"
 #include "vector.h"
 
 namespace SHARDSUM_ISA {

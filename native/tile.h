@@ -14,7 +14,7 @@
 #include "pack.h"
 #include "scores.h"
 #include "scratch.h"
-#include "states.h"
+#include "row_sums.h"
 
 namespace SHARDSUM_ISA {
 

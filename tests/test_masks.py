@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from shardsum.errors import Unsupported
 from shardsum.geometry import localized
-from shardsum.kernels.pieces import pieces
 from shardsum.masks import Bounds, Mask
 from shardsum.placement import Runs
 

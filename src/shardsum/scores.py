@@ -23,7 +23,7 @@ class Scores:
     """The scores of one call, of all rows and keys; or, once `localize`d, of some.
 
     Shapes: alibi_slopes (q_heads,); bias (batch or 1, q_heads or 1, rows, keys).
-    `sequence`, `head`, `rows`, `keys`, `own`: the first sequence and head, the global query and key indices, and
+    `sequence`, `head`, `rows`, `keys`, `diagonal`: the first sequence and head, global query and key indices, and
     each row's own position among the keys (batch or 1, rows), of a localized one.
     """
 
@@ -37,24 +37,24 @@ class Scores:
     head: int = 0
     rows: Int[Tensor, " rows"] | None = None
     keys: Int[Tensor, " keys"] | None = None
-    own: Int[Tensor, "batch_or_1 rows"] | None = None
+    diagonal: Int[Tensor, "batch_or_1 rows"] | None = None
 
     @property
     def plain(self) -> bool:
         """Whether a score is scale * q.k and nothing else: what fused operators compute."""
         return self.softcap is None and self.alibi_slopes is None and self.bias is None and not self.dropout_p
 
-    def localize(self, rows: Tensor, keys: Tensor, own: Tensor) -> Scores:
+    def localize(self, rows: Tensor, keys: Tensor, diagonal: Tensor) -> Scores:
         """The scores of the given rows against the given keys; the bias has this rank's rows already."""
         bias = self.bias if self.bias is None else self.bias[..., keys.to(self.bias.device)]
-        return replace(self, rows=rows, keys=keys, own=own, bias=bias)
+        return replace(self, rows=rows, keys=keys, diagonal=diagonal, bias=bias)
 
     def some_rows(self, rows: slice) -> Scores:
         """The localized scores of some of the rows."""
-        if self.rows is None or self.own is None:
+        if self.rows is None or self.diagonal is None:
             return self
         bias = self.bias if self.bias is None else self.bias[:, :, rows]
-        return replace(self, rows=self.rows[rows], own=self.own[:, rows], bias=bias)
+        return replace(self, rows=self.rows[rows], diagonal=self.diagonal[:, rows], bias=bias)
 
     def some_keys(self, keys: slice) -> Scores:
         """The localized scores of some of the keys."""
@@ -65,13 +65,13 @@ class Scores:
     def some(self, sequence: int, head: int, rows: Tensor, keys: Tensor) -> Scores:
         """The localized scores of one sequence and head, some of the rows and some of the keys."""
         one = replace(self.some_heads(head, head + 1), sequence=self.sequence + sequence)
-        if self.rows is None or self.keys is None or self.own is None:
+        if self.rows is None or self.keys is None or self.diagonal is None:
             return one
         bias = one.bias
         if bias is not None:
             bias = bias[sequence % len(bias)][None, :, rows.to(bias.device)][..., keys.to(bias.device)]
-        own = self.own[sequence % len(self.own), rows].unsqueeze(0)
-        return replace(one, rows=self.rows[rows], keys=self.keys[keys], own=own, bias=bias)
+        diagonal = self.diagonal[sequence % len(self.diagonal), rows].unsqueeze(0)
+        return replace(one, rows=self.rows[rows], keys=self.keys[keys], diagonal=diagonal, bias=bias)
 
     def some_heads(self, head: int, head_end: int) -> Scores:
         """The scores of some of the heads."""
@@ -86,9 +86,9 @@ class Scores:
             tanh = torch.tanh(scores / self.softcap)
             scores, slope = self.softcap * tanh, 1.0 - tanh.square()
         if self.alibi_slopes is not None:
-            assert self.own is not None
+            assert self.diagonal is not None
             assert self.keys is not None
-            distance = (self.own.unsqueeze(-1) - self.keys).abs().unsqueeze(1).to(scores)
+            distance = (self.diagonal.unsqueeze(-1) - self.keys).abs().unsqueeze(1).to(scores)
             scores = scores - self.alibi_slopes.to(scores).view(-1, 1, 1) * distance
         if self.bias is not None:
             scores = scores + self.bias.to(scores)

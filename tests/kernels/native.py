@@ -75,7 +75,7 @@ def drawn(
     slopes = steepest * torch.rand(kv_heads * group, generator=generator) if draw(st.booleans()) else None
     own, keys = torch.arange(q_len).unsqueeze(0) + 5, torch.arange(kv_len)
     scale = draw(st.sampled_from([1.0, -0.7])) / math.sqrt(head_dim)
-    scores = Scores(scale, softcap=softcap, alibi_slopes=slopes, keys=keys, own=own)
+    scores = Scores(scale, softcap=softcap, alibi_slopes=slopes, keys=keys, diagonal=own)
     distance = (own.unsqueeze(-1) - keys).abs().float()
     alibi = None if slopes is None else (slopes, distance)
     return (q, k, v, lo, hi, scores), {"softcap": softcap, "alibi": alibi}

@@ -92,7 +92,7 @@ def call(dtype: torch.dtype, mask: str = "causal", option: str = "plain") -> Cal
         "window": (hi - 400).clamp(min=0),
         "padding": torch.tensor([0, 300, 1024]).unsqueeze(1).expand_as(hi),
     }[mask]
-    places = {"rows": torch.arange(Q_LEN) + 3, "keys": torch.arange(KV_LEN), "own": hi[:1] - 1}
+    places = {"rows": torch.arange(Q_LEN) + 3, "keys": torch.arange(KV_LEN), "diagonal": hi[:1] - 1}
     given: dict[str, object] = {
         "softcap": {"softcap": 2.0},
         "alibi": {"alibi_slopes": torch.linspace(0.001, 0.01, Q_HEADS)},

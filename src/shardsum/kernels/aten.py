@@ -15,7 +15,7 @@ from ..scores import Scores
 from ..state import AttentionState, all_finite, merge
 from . import cuda
 from .base import Gradients, Kernel, Leaf, OutputGradient, Queries
-from .pieces import Piece, pieces
+from .rectangles import Piece, pieces
 from .reference import EagerKernel, ReferenceKernel
 
 # Half-precision keys and values are converted this many elements at a time, so that the float32 copies stay in

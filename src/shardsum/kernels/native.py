@@ -117,6 +117,6 @@ class NativeKernel(Kernel):
 
     def _options(self, scores: Scores) -> tuple[Any, ...]:
         slopes = scores.alibi_slopes if scores.alibi_slopes is None else scores.alibi_slopes.double()
-        indices = (scores.rows, scores.keys, scores.own)
+        indices = (scores.rows, scores.keys, scores.diagonal)
         dropout = (scores.dropout_p, scores.seed, scores.head)
         return (scores.scale, scores.softcap, slopes, *dropout, *indices, self.instruction_set)

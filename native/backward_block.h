@@ -1,7 +1,7 @@
 // What a block of weights gives to gradients: the five products of backward, and the weights between them.
 #pragma once
 
-#include "parts.h"
+#include "backward_pack.h"
 
 namespace SHARDSUM_ISA {
 

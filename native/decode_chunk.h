@@ -1,12 +1,12 @@
 // A chunk of keys for the few rows that see it: what decode does between memory and a state.
 #pragma once
 
-#include "block.h"
+#include "key_reader.h"
 #include "integers.h"
 #include "pack.h"
 #include "scores.h"
-#include "chunks.h"
-#include "steps.h"
+#include "chunk_states.h"
+#include "decode_dot.h"
 
 namespace SHARDSUM_ISA {
 
