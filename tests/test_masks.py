@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from shardsum.errors import Unsupported
 from shardsum.geometry import localized
+from shardsum.kernels.rectangles import pieces
 from shardsum.masks import Bounds, Mask
 from shardsum.placement import Runs
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from .errors import Mismatch, Unsupported
@@ -15,6 +16,25 @@ from .tree import SEGMENT, Node, cover, segments
 Positions = Int[Tensor, " positions"]
 Numbers = Int[Tensor, " runs"]
 Subset = slice | Tensor  # a slice, or increasing indices
+
+
+class Table(NamedTuple):
+    """Runs of all ranks: run i is of rank_i, and has amount_i positions: start_i, start_i + step_i, ..."""
+
+    rank: Numbers
+    start: Numbers
+    amount: Numbers
+    step: Numbers
+
+
+def parts(counts: Numbers) -> tuple[Tensor, Tensor]:
+    """Where each run i is cut into counts_i parts: for every part the number of its run, and its number in that.
+
+    >>> parts(torch.tensor([2, 0, 1]))
+    (tensor([0, 0, 2]), tensor([0, 1, 0]))
+    """
+    run = torch.arange(len(counts)).repeat_interleave(counts)
+    return run, torch.arange(len(run)) - (counts.cumsum(0) - counts)[run]
 
 
 class Runs:
@@ -108,7 +128,8 @@ class Placement:
     ) -> None:
         """A table whose rows are sorted by rank, then start; empty runs are left out, touching ones become one."""
         self.size = size
-        self.rank, self.start, self.count, self.step = _joined(rank, start, count, step)
+        self.table = _joined(rank, start, count, step)
+        self.rank, self.start, self.count, self.step = self.table
         self.counts: Int[Tensor, " ranks"] = torch.zeros(size, dtype=torch.int64).index_add_(
             0, self.rank, self.count
         )
@@ -163,6 +184,14 @@ class Placement:
         """One past the last position that a rank holds."""
         return int((self.start + (self.count - 1) * self.step).max()) + 1 if len(self.start) else 0
 
+    def cut(self, singly: Bool[Tensor, " runs"]) -> Table:
+        """The table, with the runs that are to be taken singly cut into their positions."""
+        if not bool(singly.any()):
+            return self.table
+        run, number = parts(torch.where(singly, self.count, 1))
+        start = self.start[run] + number * self.step[run]
+        return Table(self.rank[run], start, torch.where(singly, 1, self.count)[run], self.step[run])
+
     def rows(self, rank: int) -> slice:
         """Where in the table the runs of a rank stand."""
         first, last = torch.searchsorted(self.rank, torch.tensor([rank, rank + 1])).tolist()
@@ -209,20 +238,18 @@ def check_whole_segments(runs: Runs | Placement, length: int) -> None:
         )
 
 
-def _joined(
-    rank: Tensor, start: Tensor, count: Tensor, step: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _joined(rank: Tensor, start: Tensor, count: Tensor, step: Tensor | None) -> Table:
     step = torch.ones_like(count) if step is None else torch.where(count > 1, step, 1)
     kept = count > 0
     if not bool(kept.all()):
         rank, start, count, step = rank[kept], start[kept], count[kept], step[kept]
     touching = (rank.diff() == 0) & (start.diff() == count[:-1]) & (step[:-1] == 1) & (step[1:] == 1)
     if not bool(touching.any()):
-        return rank, start, count, step
+        return Table(rank, start, count, step)
     first = torch.cat([touching.new_ones(1), ~touching])
     group = first.cumsum(0) - 1
     together = torch.zeros(int(group[-1]) + 1, dtype=torch.int64).index_add_(0, group, count)
-    return rank[first], start[first], together, step[first]
+    return Table(rank[first], start[first], together, step[first])
 
 
 def _ceil_divided(x: Tensor, step: Tensor) -> Tensor:

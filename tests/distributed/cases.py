@@ -15,6 +15,7 @@ from torch import Tensor
 import shardsum
 from shardsum import Layout
 from shardsum.comm import Communicator, Traffic
+from shardsum.kernels import available
 from shardsum.strategies import STRATEGIES, Call, Observed, Strategy, Ulysses
 
 from .. import dense
@@ -130,7 +131,6 @@ def run_case(comm: Communicator, case: Case, strategy: str | Strategy, kernel: s
     assert_close(state.lse, expected_lse, tolerance, f"lse of {what}")
 
 
-KERNELS = ("aten", "reference")
 LAYOUTS = ("contiguous", "zigzag", "striped", "weighted", "ragged")
 
 
@@ -140,10 +140,19 @@ AS_ALL_REDUCE = ("pass_q", "ulysses", "hybrid")
 
 def matrix() -> Iterator[tuple[Case, str, str, bool]]:
     """Every kernel x strategy x layout x mask, for sharded and for replicated queries."""
-    for mask, layout, strategy, kernel in itertools.product(MASKS, LAYOUTS, STRATEGIES, KERNELS):
+    for mask, layout, strategy, kernel in itertools.product(MASKS, LAYOUTS, STRATEGIES, available()):
         yield Case(mask, layout), strategy, kernel, False
         if strategy not in AS_ALL_REDUCE:
             yield Case(mask, layout), strategy, kernel, True
+
+
+def sample() -> Iterator[tuple[Case, str, str, bool]]:
+    """Of the matrix every strategy x layout x mask, and every kernel with each of these."""
+    kernels = itertools.cycle([*available(), "native" if "native" in available() else "aten"])
+    for mask, layout, strategy in itertools.product(MASKS, LAYOUTS, STRATEGIES):
+        yield Case(mask, layout), strategy, next(kernels), False
+        if strategy not in AS_ALL_REDUCE:
+            yield Case(mask, layout), strategy, next(kernels), True
 
 
 def corners() -> Iterator[tuple[Case, str, str, bool]]:
@@ -180,7 +189,9 @@ def run_all(comm: Communicator, which: str) -> int:
     """Run all cases of one kind on this rank; the number of them."""
     cases = [
         (case, strategy, kernel, q_replicated)
-        for case, strategy, kernel, q_replicated in {"matrix": matrix, "corners": corners}[which]()
+        for case, strategy, kernel, q_replicated in {"matrix": matrix, "sample": sample, "corners": corners}[
+            which
+        ]()
         if supported(strategy, comm.size, case.q_heads)
     ]
     for case, strategy, kernel, q_replicated in cases:

@@ -11,21 +11,29 @@ import torch
 import shardsum
 from shardsum import AttentionState, Layout, Mismatch, NonFiniteWarning, RankLost, Unsupported, launch
 from shardsum.comm import Communicator
+from shardsum.kernels import available
 from shardsum.strategies import STRATEGIES, as_strategy
 
 from .. import dense
 from ..tolerances import assert_close
-from .cases import MASKS, Case, layout_of, recorded, run_all, run_case
+from .cases import LAYOUTS, MASKS, Case, layout_of, recorded, run_all, run_case, sample
 
 # Cases with a NaN in a visible key are among them: that they warn is tested below.
 pytestmark = pytest.mark.filterwarnings("ignore::shardsum.NonFiniteWarning")
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, pytest.param(5, marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("which", ["matrix", "corners"])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("which", ["sample", "corners", pytest.param("matrix", marks=pytest.mark.nightly)])
 def test_against_float64_on_every_rank(size: int, which: str) -> None:
     counts = launch(run_all, ranks=size, transport="threads", args=(which,))
-    assert set(counts) == {900 if which == "matrix" else 96 if size < 5 else 94}
+    cases = {"sample": 450, "corners": 96 if size < 5 else 94, "matrix": 450 * len(available())}
+    assert set(counts) == {cases[which]}
+
+
+def test_the_sample_has_every_kernel_with_every_strategy_layout_and_mask() -> None:
+    cases = [(case.mask, case.layout, strategy, kernel) for case, strategy, kernel, _ in sample()]
+    for place, values in enumerate((MASKS, LAYOUTS, STRATEGIES)):
+        assert {(case[place], case[3]) for case in cases} == {*itertools.product(values, available())}
 
 
 @pytest.mark.parametrize("transport", ["gloo", "mpi"])

@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..comm import Traffic
-from ..placement import Placement
+from ..placement import Placement, parts
 from ..problem import Problem, per_problem
 from .visible import Ranges, keys_seen, rows_seeing
 
@@ -110,22 +110,14 @@ class _Pieces(NamedTuple):
 
 def _pieces(items: Placement, wanted: Ranges) -> _Pieces:
     """All items, in their owners' order, in as few pieces as need be."""
-    owner, start, count = items.rank, items.start, items.count
-    singly = items.step > 1
-    if bool(singly.any()):  # items that lie apart are pieces of their own
-        runs = torch.where(singly, count, 1)
-        within = torch.arange(int(runs.sum())) - (runs.cumsum(0) - runs).repeat_interleave(runs)
-        start = start.repeat_interleave(runs) + within * items.step.repeat_interleave(runs)
-        count = torch.where(singly, 1, count).repeat_interleave(runs)
-        owner = owner.repeat_interleave(runs)
+    owner, start, count, _ = items.cut(items.step > 1)  # items that lie apart are pieces of their own
     cuts = torch.cat([wanted.start, wanted.stop]).unique()
     first, last = torch.searchsorted(cuts, start, right=True), torch.searchsorted(cuts, start + count)
-    pieces = last - first + 1
-    place = torch.arange(int(pieces.sum())) - (pieces.cumsum(0) - pieces).repeat_interleave(pieces)
-    owner, start, end, first = (x.repeat_interleave(pieces) for x in (owner, start, start + count, first))
-    cuts = torch.cat([cuts, cuts.new_tensor([torch.iinfo(torch.int64).max])])
-    begin = torch.where(place == 0, start, cuts[(first + place - 1).clamp(min=0)])
-    return _Pieces(owner, begin, torch.minimum(cuts[first + place], end) - begin)
+    run, number = parts(last - first + 1)
+    bounds = torch.cat([cuts, cuts.new_tensor([torch.iinfo(torch.int64).max])])
+    cut = first[run] + number
+    begin = torch.where(number == 0, start[run], bounds[(cut - 1).clamp(min=0)])
+    return _Pieces(owner[run], begin, torch.minimum(bounds[cut], (start + count)[run]) - begin)
 
 
 def _hops(pieces: _Pieces, wanted: Ranges, size: int) -> tuple[Column, Column]:

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..masks import Bounds, Mask
-from ..placement import Placement, Runs
+from ..placement import Placement, Runs, parts
 from ..problem import Problem, per_problem
 from ..tree import SEGMENT
 
@@ -96,9 +96,8 @@ def seen(problem: Problem, rows_of: int, keys_of: int) -> Int[Tensor, " keys"]:
     """The keys of one rank that some query row of another sees, as local indices: what has to travel."""
     keys = problem.keys.runs(keys_of)
     first, last = (keys.below(bound) for bound in keys_seen(problem).of_rank(rows_of))
-    counts = last - first
-    within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    return first.repeat_interleave(counts) + within
+    run, number = parts(last - first)
+    return first[run] + number
 
 
 @per_problem
@@ -134,22 +133,15 @@ def _cut_into_documents(
     placement: Placement, mask: Mask, ends: Tensor | None, singly: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs cut where documents end, and where `singly` says so into their positions: (rank, first, last)."""
-    rank, start, count, step = placement.rank, placement.start, placement.count, placement.step
-    if bool(singly.any()):
-        pieces = torch.where(singly, count, 1)
-        within = torch.arange(int(pieces.sum())) - (pieces.cumsum(0) - pieces).repeat_interleave(pieces)
-        count = torch.where(singly, 1, count).repeat_interleave(pieces)
-        rank, start, step = (x.repeat_interleave(pieces) for x in (rank, start, step))
-        start = start + within * step
+    rank, start, count, step = placement.cut(singly)
     last = start + (count - 1) * step
     if ends is None or len(start) == 0:
         return rank, start, last
     ends = ends.to(torch.int64).contiguous()
-    document, of_last = (torch.searchsorted(ends, x, right=True) - 1 for x in (start, last))
-    pieces = of_last - document + 1
-    within = torch.arange(int(pieces.sum())) - (pieces.cumsum(0) - pieces).repeat_interleave(pieces)
-    rank, start, last, step, document = (x.repeat_interleave(pieces) for x in (rank, start, last, step, document))
-    document = document + within
+    first_document, last_document = (torch.searchsorted(ends, x, right=True) - 1 for x in (start, last))
+    run, number = parts(last_document - first_document + 1)
+    document = first_document[run] + number
+    rank, start, last, step = (x[run] for x in (rank, start, last, step))
     begun, ended = ends[document] - start, ends[document + 1] - 1 - start
     first = start + ((begun + step - 1) // step).clamp(min=0) * step
     last = torch.minimum(last, start + ended // step * step)

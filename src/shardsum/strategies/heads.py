@@ -58,28 +58,30 @@ class Split:
 
     def gathered(self, heads: Sequence[slice], placement: Placement, rank: int) -> int:
         """How many (head, position) pairs a rank sends where each gathers its heads of the group's positions."""
-        others: int = sum(part.stop - part.start for place, part in enumerate(heads) if place != self.place(rank))
-        return others * placement.lengths[rank]
+        own = heads[self.place(rank)]
+        every: int = sum(part.stop - part.start for part in heads)
+        return (every - (own.stop - own.start)) * placement.lengths[rank]
 
     def scattered(self, heads: Sequence[slice], placement: Placement, rank: int) -> int:
         """How many (head, position) pairs a rank sends where each gets all heads of its positions back."""
-        own = heads[self.place(rank)]
-        others: int = sum(placement.lengths[other] for other in self.members(rank) if other != rank)
+        own, members = heads[self.place(rank)], self.members(rank)
+        others = int(placement.counts[members.start : members.stop].sum()) - placement.lengths[rank]
         count: int = own.stop - own.start
-        return others * count
+        return count * others
 
 
 @per_problem
 def split(problem: Problem, ranks: int) -> Split:
     """How the heads are shared out over groups of `ranks` ranks."""
+    queries = _by_group(problem.queries, ranks)
     heads, readers = slices(problem.q_heads, ranks), problem.heads_per_kv_head
     return Split(
         problem,
         ranks,
         heads,
         [slice(own.start // readers, -(-own.stop // readers)) for own in heads],
-        _by_group(problem.queries, ranks),
-        _by_group(problem.keys, ranks),
+        queries,
+        queries if problem.keys is problem.queries else _by_group(problem.keys, ranks),
     )
 
 
@@ -162,13 +164,7 @@ class RankGroup:
 
 def _by_group(placement: Placement, ranks: int) -> Placement:
     """The positions of each group."""
-    groups = placement.size // ranks
-    if bool((placement.step > 1).any()):
-        held = [
-            torch.cat([placement.positions(rank) for rank in range(group * ranks, (group + 1) * ranks)])
-            for group in range(groups)
-        ]
-        return Placement.of([positions.sort().values for positions in held])
-    group = placement.rank // ranks
-    order = (group * (placement.end + 1) + placement.start).argsort()
-    return Placement(groups, group[order], placement.start[order], placement.count[order])
+    rank, start, count, _ = placement.cut(placement.step > 1)
+    group = rank // ranks
+    order = (group * (placement.end + 1) + start).argsort()
+    return Placement(placement.size // ranks, group[order], start[order], count[order])
