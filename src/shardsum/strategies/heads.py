@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -56,10 +57,14 @@ class Split:
         first: int = self.kv_heads[self.place(rank)].start
         return owners.sub(first)
 
+    @functools.cached_property
+    def _kv_heads_of_all(self) -> int:
+        return sum(part.stop - part.start for part in self.kv_heads)
+
     def gathered(self, heads: Sequence[slice], placement: Placement, rank: int) -> int:
         """How many (head, position) pairs a rank sends where each gathers its heads of the group's positions."""
         own = heads[self.place(rank)]
-        every: int = sum(part.stop - part.start for part in heads)
+        every = self.problem.q_heads if heads is self.q_heads else self._kv_heads_of_all
         return (every - (own.stop - own.start)) * placement.lengths[rank]
 
     def scattered(self, heads: Sequence[slice], placement: Placement, rank: int) -> int:
