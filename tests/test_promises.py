@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import re
 import shlex
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import shardsum
 from shardsum import cli
 from shardsum.collectives import COLLECTIVES
-from shardsum.comm.connect import TRANSPORTS
+from shardsum.comm import TRANSPORTS, SingleTransport
 from shardsum.kernels import KERNELS
 from shardsum.layouts import NAMES as LAYOUTS
 from shardsum.strategies import STRATEGIES
@@ -27,7 +28,8 @@ from . import tree
 ROOT = tree.ROOT
 README = tree.README.read_text()
 DOCUMENTS = {path.name: path.read_text() for path in (tree.README, *sorted((ROOT / "docs").glob("*.md")))}
-RANKS = [name for name in TRANSPORTS if name != "single"]
+COMPUTING = [name for name, kernel in KERNELS.items() if kernel.computes]
+RANKS = [name for name in TRANSPORTS if name != SingleTransport.name]
 
 # What the text around a fragment takes for granted, by a word of it, and what holds when it has run.
 SURROUNDINGS = {
@@ -52,6 +54,20 @@ SURROUNDINGS = {
         """,
         "assert out.shape == (1, 2, 600, 8)",
     ),
+    # docs/extending.md
+    "class GatherWhole": ("from tests import extending", "extending.check_strategy(GatherWhole.name)"),
+    "class Chunked": (
+        "from tests import extending",
+        """
+        rows = torch.arange(50)
+        sees = (rows[:, None] // 7 == rows // 7) & (rows <= rows[:, None])
+        extending.check_mask(Chunked(50, 50, causal=True, chunk=7), sees)
+        """,
+    ),
+    "class Star": ("", "from tests import extending\nextending.check_collective(Star.name)"),
+    "class OnlineKernel": ("", "from tests import extending\nextending.check_kernel(OnlineKernel.name)"),
+    "class FolderTransport": ("from tests import extending", "extending.check_transport(FolderTransport)"),
+    "def hosts": ("from tests import extending", "extending.check_command(group, hosts.name)"),
 }
 
 
@@ -80,9 +96,10 @@ def test_what_the_tree_names_outside_src_is_there() -> None:
 def test_a_fragment_runs_and_prints_what_it_says(document: str, code: str, output: str, tmp_path: Path) -> None:
     before, after = next((around for word, around in SURROUNDINGS.items() if word in code), ("", ""))
     script = tmp_path / "fragment.py"
-    script.write_text(f"{inspect.cleandoc(before)}\n{code}\n{after}\n")
+    script.write_text(f"{inspect.cleandoc(before)}\n{code}\n{inspect.cleandoc(after)}\n")
     command = [sys.executable, str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    paths = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=paths)
     assert done.returncode == 0, (document, done.stderr)
     assert done.stdout.strip() == output.strip()
 
@@ -144,7 +161,7 @@ DOCSTRING = inspect.getdoc(shardsum.attention) or ""
 LISTS: dict[str, tuple[str, Collection[str]]] = {
     "attention's strategies": (entry(DOCSTRING, "`strategy`"), STRATEGIES),
     "attention's layouts": (entry(DOCSTRING, "`layout`"), LAYOUTS),
-    "attention's kernels": (entry(DOCSTRING, "`kernel`"), KERNELS),
+    "attention's kernels": (entry(DOCSTRING, "`kernel`"), COMPUTING),
     "attention's collectives": (entry(DOCSTRING, "`collective`"), COLLECTIVES),
     "README's strategies": (entry(README, "`shardsum.attention"), STRATEGIES),
     "README's layouts": (entry(README, "`shardsum.attention"), LAYOUTS),
@@ -155,7 +172,7 @@ LISTS: dict[str, tuple[str, Collection[str]]] = {
         for kind, names in {
             "strategies": STRATEGIES,
             "layouts": LAYOUTS,
-            "kernels": KERNELS,
+            "kernels": COMPUTING,
             "collectives": COLLECTIVES,
             "transports": RANKS,
         }.items()

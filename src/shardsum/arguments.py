@@ -245,7 +245,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _kind(value: object) -> str:
-    """What came in place of the right tensor."""
+    """What a wrong value is, in words: shape and dtype of a tensor."""
     return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)
 
 

@@ -57,11 +57,11 @@ class Partial(ABC, Generic[T]):
 
     @abstractmethod
     def union(self: P, other: P) -> P:
-        """This and what a disjoint set of keys (or rows) contributes."""
+        """The partial result of this one's keys (or rows) and of a disjoint set together."""
 
     @abstractmethod
     def put(self: P, items: Int[Tensor, " items"], part: P) -> P:
-        """This sum, and what `part` has for some items of dim 2; what this is of may be written to."""
+        """This sum with `part` added to some items of dim 2; this one's memory may be written to."""
 
     @abstractmethod
     def total(self) -> T:
@@ -178,12 +178,12 @@ class AlongTree(Partial[T]):
 
 
 def union(parts: Iterable[Partial[T]]) -> Partial[T]:
-    """What all of them are together: one at least, of one kind."""
+    """The partial result of all `parts` together: one at least, all of one kind."""
     return functools.reduce(lambda one, other: one.union(other), parts)
 
 
 def total(parts: Iterable[Partial[T]]) -> T:
-    """The result of all of them together."""
+    """The result of all partial results together."""
     return union(parts).total()
 
 

@@ -129,19 +129,19 @@ class Problem:
         return state_dtype(self.dtype).itemsize
 
     def q_shape(self, rank: int) -> tuple[int, ...]:
-        """Of the query rows of a rank."""
+        """The shape of the query rows of a rank."""
         return self.row_shape(rank, self.head_dim)
 
     def k_shape(self, keys: int) -> tuple[int, ...]:
-        """Of this many keys."""
+        """The shape of this many keys."""
         return (self.batch, self.kv_heads, keys, self.head_dim)
 
     def v_shape(self, keys: int) -> tuple[int, ...]:
-        """Of the values of this many keys."""
+        """The shape of the values of this many keys."""
         return (self.batch, self.kv_heads, keys, self.v_dim)
 
     def row_shape(self, rank: int, components: int) -> tuple[int, ...]:
-        """Of `components` numbers for each query row of a rank."""
+        """The shape of `components` numbers for each query row of a rank."""
         return (self.batch, self.q_heads, self.q_len(rank), components)
 
     def q_bytes(self, rows: int) -> int:

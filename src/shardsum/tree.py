@@ -32,11 +32,11 @@ class Node(NamedTuple):
 
     @property
     def first(self) -> int:
-        """Its first segment."""
+        """The first segment of the node."""
         return self.place << self.level
 
     def positions(self, length: int) -> int:
-        """How many positions it has in a sequence of so many."""
+        """How many positions the node has in a sequence of `length`."""
         end = (self.place + 1) << self.level
         return min(end * SEGMENT, length) - self.first * SEGMENT
 

@@ -110,7 +110,7 @@ def measure(work: Work, repetitions: int) -> dict[str, Any]:
 
     with torch.set_grad_enabled(work.what == "training"):
         times = alternate({**sides, "limit": limit}, repetitions)
-    ours = times["native"]
+    ours = times[NativeKernel.name]
     median = sorted(ours)[len(ours) // 2]
     best = sorted(limits[1:])[len(limits[1:]) // 2]
     done = _kv_bytes(work) if work.what == "decode" else work.flops
@@ -118,7 +118,7 @@ def measure(work: Work, repetitions: int) -> dict[str, Any]:
         "benchmark": "kernels",
         "work": work.name,
         "seconds": {name: round(sorted(t)[len(t) // 2], 6) for name, t in times.items() if name != "limit"},
-        "ratio": {name: ratio(times[name], ours) for name in sides if name != "native"},
+        "ratio": {name: ratio(times[name], ours) for name in sides if name != NativeKernel.name},
         "target": work.target,
         "limit": "bytes read per second" if work.what == "decode" else f"flops per second in {work.dtype}",
         "limit_per_second": round(best),
@@ -140,7 +140,7 @@ def _sides(work: Work) -> Sides:
         beside = {FREE: _ours(reproducible=False)} if work.reproducible else {"F.sdpa": _sdpa}
         return {
             name: _training(q, k, v, attend)
-            for name, attend in ({"native": _ours(work.reproducible)} | beside).items()
+            for name, attend in ({NativeKernel.name: _ours(work.reproducible)} | beside).items()
         }
     rows = q.shape[2]
     causal = work.causal and rows > 1
@@ -150,16 +150,16 @@ def _sides(work: Work) -> Sides:
     kernel = NativeKernel()
     if work.reproducible:
         return {
-            "native": lambda: kernel.forward_tree(q, block, bounds, scores),
+            NativeKernel.name: lambda: kernel.forward_tree(q, block, bounds, scores),
             FREE: lambda: kernel.forward(q, block, bounds, scores),
         }
     if work.dtype == "int8":
         of_int8 = Int8(Quantized.of(k), Quantized.of(v))
         return {
-            "native": lambda: kernel.forward(q, of_int8, bounds, scores),
+            NativeKernel.name: lambda: kernel.forward(q, of_int8, bounds, scores),
             "native bfloat16": lambda: kernel.forward(q, block, bounds, scores),
         }
-    sides: Sides = {"native": lambda: kernel.forward(q, block, bounds, scores)}
+    sides: Sides = {NativeKernel.name: lambda: kernel.forward(q, block, bounds, scores)}
     if work.what == "decode":
         folded = q.view(work.batch, work.kv_heads, -1, work.head_dim)
         operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -15,6 +15,8 @@ from rich.table import Table
 from ..bench import collectives as collectives_bench
 from ..bench import kernels as kernels_bench
 from ..comm import LAUNCHED
+from ..comm.mpi import MpiTransport
+from ..comm.threads import ThreadTransport
 from .common import console, launchers_rank, progress
 
 Row = TypeVar("Row")
@@ -55,7 +57,7 @@ def kernels(repetitions: int, only: str, as_json: bool, write: Path | None) -> N
     "--transport",
     type=click.Choice(LAUNCHED),
     multiple=True,
-    default=("mpi", "threads"),
+    default=(MpiTransport.name, ThreadTransport.name),
     show_default=True,
     help="mpi measures gloo too, alternating in the same run.",
 )

@@ -13,44 +13,36 @@ from torch import Tensor
 from ..attention import attention
 from ..comm import Communicator, connect
 from ..digests import digest_bits
-from ..errors import Unsupported
 from ..layouts import NAMES
+from ..problem import Sizes
 from ..sharding import shard, unshard
 from ..strategies import STRATEGIES
+from .problems import problem, random_tensors
 
-Q_LEN, KV_LEN, Q_HEADS, KV_HEADS, HEAD_DIM, V_DIM = 600, 1100, 4, 2, 16, 24  # 3 segments of queries, 5 of keys
+# 3 segments of queries, 5 of keys.
+SIZES = Sizes(batch=1, q_heads=4, kv_heads=2, q_len=600, kv_len=1100, head_dim=16, v_dim=24, dtype=torch.float32)
+OPTIONS: dict[str, Any] = {"causal": True, "reproducible": True}
 
 
 def check_digests(comm: Communicator) -> list[dict[str, Any]]:
     """For each layout and strategy: the digest of out, dq, dk and dv, and whether it is that of one rank alone."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = [
-        (Q_HEADS, Q_LEN, HEAD_DIM),
-        (KV_HEADS, KV_LEN, HEAD_DIM),
-        (KV_HEADS, KV_LEN, V_DIM),
-        (Q_HEADS, Q_LEN, V_DIM),
-    ]
-    device = comm.device
-    whole = [torch.randn(1, *size, generator=generator).to(device) for size in sizes]
+    whole = random_tensors(SIZES, comm.device)
     alone = _digest(connect("single"), whole, NAMES[0], "auto")
     rows = []
     for layout, strategy in itertools.product(NAMES, STRATEGIES):
-        try:
-            digest = _digest(comm, whole, layout, strategy)
-        except Unsupported:  # too few heads for so many ranks; every rank finds so
-            if strategy not in ("ulysses", "hybrid"):
-                raise
+        if STRATEGIES[strategy]().why_not(problem(comm, SIZES, layout, **OPTIONS)) is not None:
             continue
-        equal = all(bool(x) for x in comm.all_gather(torch.tensor(digest == alone, device=device)))
+        digest = _digest(comm, whole, layout, strategy)
+        equal = all(bool(x) for x in comm.all_gather(torch.tensor(digest == alone, device=comm.device)))
         rows.append({"layout": layout, "strategy": strategy, "digest": digest, "as_alone": equal})
     return rows
 
 
 def _digest(comm: Communicator, whole: list[Tensor], layout: str, strategy: str) -> str:
-    place: dict[str, Any] = {"comm": comm, "layout": layout, "reproducible": True}
+    place: dict[str, Any] = {"comm": comm, "layout": layout, "reproducible": OPTIONS["reproducible"]}
     *own, d_out = (shard(x, **place) for x in whole)
     inputs = [x.requires_grad_() for x in own]
-    out = attention(*inputs, **place, strategy=strategy, causal=True)
+    out = attention(*inputs, comm=comm, layout=layout, strategy=strategy, **OPTIONS)
     results = [out.detach(), *torch.autograd.grad(out, inputs, d_out)]
     return digest_bits(unshard(x, **place) for x in results)
 

@@ -53,7 +53,7 @@ def examine() -> dict[str, Any]:
         "kernel_on_cpu": chosen(),
         "native_kernels": NativeKernel.why_not() or "built",
         "instruction_sets": instruction_sets(),
-        "kernel_on_cuda": "aten" if cuda else "no CUDA device",
+        "kernel_on_cuda": chosen(torch.device("cuda")) if cuda else "no CUDA device",
         "mpi": _mpi(),
         "mpi_lost_ranks": _mpi_lost_ranks(),
         "gloo": "in torch" if torch.distributed.is_gloo_available() else "torch was built without it",

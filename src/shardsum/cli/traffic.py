@@ -11,11 +11,12 @@ from rich.table import Table
 
 from ..attention import attention
 from ..comm import Communicator, Traffic
-from ..errors import Unsupported
+from ..problem import Sizes
 from ..sharding import shard
 from ..strategies import STRATEGIES, Call, Observed, lower_bound_bytes
+from .problems import problem, random_tensors
 
-LENGTH, Q_HEADS, KV_HEADS, HEAD_DIM, V_DIM = 480, 6, 2, 16, 24
+SIZES = Sizes(batch=1, q_heads=6, kv_heads=2, q_len=480, kv_len=480, head_dim=16, v_dim=24, dtype=torch.float32)
 MASKS: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "window 64": {"causal": True, "window": (63, None)},
@@ -26,24 +27,21 @@ LAYOUTS = ("contiguous", "zigzag")
 
 def check_traffic(comm: Communicator) -> list[dict[str, Any]]:
     """For each mask, layout and strategy: bytes of all ranks, and whether each rank's traffic was as declared."""
-    device = comm.device
-    generator = torch.Generator().manual_seed(0)
-    sizes = [(1, Q_HEADS, LENGTH, HEAD_DIM), (1, KV_HEADS, LENGTH, HEAD_DIM), (1, KV_HEADS, LENGTH, V_DIM)]
-    whole = [torch.randn(size, generator=generator).to(device) for size in sizes]
+    *whole, _ = random_tensors(SIZES, comm.device)
     found = []
     for mask, layout, name in itertools.product(MASKS, LAYOUTS, STRATEGIES):
+        asked = problem(comm, SIZES, layout, **MASKS[mask])
+        if STRATEGIES[name]().why_not(asked) is not None:
+            continue
         notes: list[tuple[Call, str, Traffic, Traffic]] = []
         strategy = Observed(STRATEGIES[name](), lambda *note, notes=notes: notes.append(note))
         own = [shard(x, comm=comm, layout=layout).requires_grad_() for x in whole]
-        try:
-            out = attention(*own, comm=comm, layout=layout, strategy=strategy, **MASKS[mask])
-        except Unsupported:  # too few heads for so many ranks; every rank finds so
-            continue
+        out = attention(*own, comm=comm, layout=layout, strategy=strategy, **MASKS[mask])
         torch.autograd.grad(out, own, torch.ones_like(out))
         own_bytes = [traffic.sent_bytes for *_, declared, counted in notes for traffic in (declared, counted)]
         unequal_here = any(declared != counted for *_, declared, counted in notes)
-        least_bytes = lower_bound_bytes(notes[0][0].problem, comm.rank)
-        numbers = torch.tensor([*own_bytes, least_bytes, unequal_here], device=device)
+        least_bytes = lower_bound_bytes(asked, comm.rank)
+        numbers = torch.tensor([*own_bytes, least_bytes, unequal_here], device=comm.device)
         *sent, least, unequal = torch.stack(comm.all_gather(numbers)).sum(dim=0).tolist()
         found.append(
             {"mask": mask, "layout": layout, "strategy": name, "as_declared": unequal == 0,

@@ -13,19 +13,21 @@ from torch import Tensor
 from .. import kernels
 from ..attention import attention
 from ..comm import LAUNCHED, TRANSPORTS, Communicator, connect
-from ..errors import Unsupported
 from ..layouts import NAMES, Layout
+from ..problem import Sizes
 from ..sharding import shard
+from ..state import AttentionState
 from ..strategies import STRATEGIES
 from .common import console, launchers_rank, on_ranks, print_json, progress, rank_options
 from .digests import check_digests, digest_table
+from .problems import problem, random_tensors
 from .traffic import check_traffic, traffic_table
 
 RANKS = 3
-Q_LEN, KV_LEN, Q_HEADS, KV_HEADS, HEAD_DIM, V_DIM = 43, 61, 6, 2, 16, 24
+SIZES = Sizes(batch=2, q_heads=6, kv_heads=2, q_len=43, kv_len=61, head_dim=16, v_dim=24, dtype=torch.float32)
 # Sums of 61 float32 terms in any order: the tests hold 2e-6, relative norm and largest lse alike.
 TOLERANCE = 1e-5
-UNSUPPORTED = -1.0
+REFUSED = -1.0
 MASKS: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": {"causal": True},
@@ -83,51 +85,42 @@ class Case(NamedTuple):
     kernel: str
     q_replicated: bool
 
+    def options(self) -> dict[str, Any]:
+        """The options of `attention` that make the problem what it is."""
+        return {**MASKS[self.mask], "q_replicated": self.q_replicated}
 
-def _cases() -> list[Case]:
-    products = itertools.product(STRATEGIES, LAYOUTS, MASKS, kernels.available(), (False, True))
-    return [Case(*each) for each in products]
+
+def _kernels(comm: Communicator) -> list[str]:
+    return kernels.available(comm.device, (SIZES.head_dim, SIZES.v_dim))
 
 
 def check_all(comm: Communicator) -> dict[str, Any]:
     """The largest error of each strategy and layout over all ranks, and which cases were wrong."""
-    device = comm.device
-    generator = torch.Generator().manual_seed(0)
-    sizes = [(2, Q_HEADS, Q_LEN, HEAD_DIM), (2, KV_HEADS, KV_LEN, HEAD_DIM), (2, KV_HEADS, KV_LEN, V_DIM)]
-    whole = [torch.randn(size, generator=generator, dtype=torch.float64).to(device) for size in sizes]
+    *whole, _ = random_tensors(SIZES._replace(dtype=torch.float64), comm.device)
     expected = {
         mask: attention(
             *whole, comm=connect("single"), kernel=kernels.ReferenceKernel(), return_state=True, **options
         )
         for mask, options in MASKS.items()
     }
-    cases, errors = _cases(), []
+    products = itertools.product(STRATEGIES, LAYOUTS, MASKS, _kernels(comm), (False, True))
+    cases = [Case(*each) for each in products]
     with progress(visible=comm.rank == 0) as bar:
-        for case in bar.track(cases, description=comm.transport):
-            layout = _layout(case.layout, comm.size)
-            q, k, v = (shard(x.float(), comm=comm, layout=layout) for x in whole)
-            try:
-                state = attention(
-                    whole[0].float() if case.q_replicated else q, k, v, comm=comm, layout=layout,
-                    strategy=case.strategy, kernel=case.kernel, q_replicated=case.q_replicated,
-                    return_state=True, **MASKS[case.mask],
-                )  # fmt: skip
-            except Unsupported:  # too few heads for so many ranks; every rank finds so
-                errors.append(UNSUPPORTED)
-                continue
-            out, lse = expected[case.mask].out, expected[case.mask].lse.unsqueeze(-1)
-            if not case.q_replicated:
-                out, lse = (shard(x, comm=comm, layout=layout) for x in (out, lse))
-            errors.append(max(_error(state.out, out), _error(state.lse.unsqueeze(-1), lse)))
-    worst = torch.stack(comm.all_gather(torch.tensor(errors, dtype=torch.float64, device=device))).amax(0).tolist()
+        errors = [
+            _error_of(comm, case, whole, expected[case.mask])
+            for case in bar.track(cases, description=comm.transport)
+        ]
+    own = torch.tensor(errors, dtype=torch.float64, device=comm.device)
+    worst = torch.stack(comm.all_gather(own)).amax(0).tolist()
     largest: dict[str, dict[str, float]] = {}
     for case, error in zip(cases, worst, strict=True):
         row = largest.setdefault(case.strategy, {})
-        row[case.layout] = max(row.get(case.layout, UNSUPPORTED), error)
+        row[case.layout] = max(row.get(case.layout, REFUSED), error)
     return {
         "transport": comm.transport,
         "ranks": comm.size,
-        "cases": sum(error != UNSUPPORTED for error in worst),
+        "kernels": _kernels(comm),
+        "cases": sum(error != REFUSED for error in worst),
         "largest_error": largest,
         "failures": [
             {"transport": comm.transport, **case._asdict(), "error": error}
@@ -137,6 +130,24 @@ def check_all(comm: Communicator) -> dict[str, Any]:
         "traffic": check_traffic(comm),
         "digests": check_digests(comm),
     }  # fmt: skip
+
+
+def _error_of(comm: Communicator, case: Case, whole: list[Tensor], expected: AttentionState) -> float:
+    """The largest error of a case on this rank; REFUSED where its strategy can't do it, on any rank alike."""
+    layout = _layout(case.layout, comm.size)
+    if STRATEGIES[case.strategy]().why_not(problem(comm, SIZES, layout, **case.options())) is not None:
+        return REFUSED
+    q, k, v = (x.float() for x in whole)
+    own_k, own_v = (shard(x, comm=comm, layout=layout) for x in (k, v))
+    own_q = q if case.q_replicated else shard(q, comm=comm, layout=layout)
+    state = attention(
+        own_q, own_k, own_v, comm=comm, layout=layout, strategy=case.strategy, kernel=case.kernel,
+        return_state=True, **case.options(),
+    )  # fmt: skip
+    out, lse = expected.out, expected.lse.unsqueeze(-1)
+    if not case.q_replicated:
+        out, lse = (shard(x, comm=comm, layout=layout) for x in (out, lse))
+    return max(_error(state.out, out), _error(state.lse.unsqueeze(-1), lse))
 
 
 def _layout(name: str, ranks: int) -> Layout:
@@ -157,8 +168,8 @@ def _error(computed: Tensor, expected: Tensor) -> float:
 
 
 def _marked(error: float) -> str:
-    if error == UNSUPPORTED:
-        return "too few heads"
+    if error == REFUSED:
+        return "can't"
     return f"[green]ok[/]     {error:.0e}" if error <= TOLERANCE else f"[bold red]WRONG[/] {error:.0e}"
 
 
@@ -174,7 +185,7 @@ def _show(results: list[dict[str, Any]], failures: list[dict[str, Any]]) -> None
     out.print(
         f"{total - len(failures):,} of {total:,} cases agree with float64 on each of {size} ranks, to "
         f"{TOLERANCE:g} (the largest relative error of {len(MASKS)} masks, "
-        f"{len(kernels.available())} kernels, queries sharded and replicated)."
+        f"{len(results[0]['kernels'])} kernels, queries sharded and replicated)."
     )
     for failure in failures[:20]:
         out.print("wrong: " + ", ".join(f"{key} {value}" for key, value in failure.items()))

@@ -40,7 +40,7 @@ class Route:
         self._hops: dict[tuple[int, int], Tensor] = {}
 
     def hops(self, owner: int, way: int) -> Int[Tensor, " items"]:
-        """How far each item of an owner goes, that way round."""
+        """How many hops each item of an owner's shard goes up, or down, the ring."""
         if (owner, way) not in self._hops:
             first, last = torch.searchsorted(self._owner, torch.tensor([owner, owner + 1])).tolist()
             arm, count = self._arms[way][first:last], self._count[first:last]
@@ -60,7 +60,7 @@ class Route:
         return (self.hops(owner, way) == hop).nonzero().flatten()
 
     def leg(self, rank: int, way: int, hop: int) -> tuple[Tensor, int]:
-        """What goes on of that which a rank has, as indices into it, and how many items come to it."""
+        """Which of the items that a rank has go on, as indices into these, and how many items come to it."""
         leaving = self.hops((rank - way * (hop - 1)) % self.size, way)
         onward = (leaving[leaving >= hop - 1] >= hop).nonzero().flatten()
         return onward, len(self.items((rank - way * hop) % self.size, way, hop))
@@ -80,7 +80,7 @@ class Route:
         return _traffic(torch.cat(counts), [item_bytes])
 
     def _distance(self, rank: int, way: int) -> Column:
-        """How many hops each piece has come, that way round, when it is at the rank."""
+        """How many hops each piece has come, up or down the ring, when it is at the rank."""
         return (way * (rank - self._owner)) % self.size
 
     def _by_owner(self, moving: Tensor) -> Tensor:
@@ -194,6 +194,6 @@ def _end_of(flags: list[bool], first: int) -> int:
 
 
 def _traffic(counts: Tensor, item_bytes: list[int]) -> Traffic:
-    """Of messages with these numbers of items; an empty one is not sent."""
+    """The traffic of messages with these numbers of items; an empty one is not sent."""
     messages = len(item_bytes) * int((counts > 0).sum())
     return Traffic(int(counts.sum()) * sum(item_bytes), messages, messages)

@@ -240,7 +240,7 @@ class KVCache:
 
 
 def _rows(start: tuple[int, ...], valid: tuple[int, ...]) -> list[tuple[slice, int, int]]:
-    """What is written at once: sequences, the position of their first new token, and how many these are."""
+    """The sequences written at once, the position of their first new token, and how many new tokens there are."""
     if len(set(start)) == 1:
         return [(slice(None), start[0], max(valid))]
     return [(slice(b, b + 1), start[b], valid[b]) for b in range(len(start))]

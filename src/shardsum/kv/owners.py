@@ -125,7 +125,7 @@ class Owners:
         return self._known[1], self._known[2]
 
     def _together(self, rank: int, runs: list[Runs]) -> Runs:
-        """What a rank computes with, if these are the groups' positions."""
+        """The positions that a rank computes with: of all groups that it owns, together."""
         groups = self.owned(rank)
         if len(groups) == 1:
             return runs[groups[0]]

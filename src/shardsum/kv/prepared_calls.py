@@ -40,7 +40,7 @@ class PreparedCalls:
 
 
 class _MayChange(Exception):
-    """Of a value that is not all that there is to it for good, such as a tensor."""
+    """Raised for a value, such as a tensor, that may change and stay the same object."""
 
 
 def _exactly(value: object) -> Hashable:

@@ -107,5 +107,5 @@ def pack_gradient(gradient: OutputGradient) -> Tensor:
 
 
 def unpack_gradient(packed: Tensor) -> OutputGradient:
-    """What `pack_gradient` made this tensor of."""
+    """The gradient of query rows that `pack_gradient` packed."""
     return OutputGradient(packed[..., :-2], packed[..., -2], packed[..., -1])
