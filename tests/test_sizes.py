@@ -15,8 +15,7 @@ import pytest
 import shardsum
 import shardsum.hf
 from shardsum.collectives import COLLECTIVES
-from shardsum.comm import Communicator
-from shardsum.comm.connect import TRANSPORTS
+from shardsum.comm import TRANSPORTS
 from shardsum.kernels import KERNELS
 from shardsum.strategies import STRATEGIES
 
@@ -29,7 +28,7 @@ REGISTRIES: dict[str, dict[str, type]] = {
     "strategies/__init__.py": STRATEGIES,
     "collectives/__init__.py": COLLECTIVES,
     "kernels/__init__.py": KERNELS,
-    "comm/connect.py": dict.fromkeys(TRANSPORTS, Communicator),
+    "comm/registry.py": TRANSPORTS,
 }
 PUBLIC = {*shardsum.__all__, *shardsum.hf.__all__}
 
@@ -41,7 +40,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         (
             "arguments.py:Arguments",
             "cache.py:KVCache",
-            "comm/base.py:Communicator",
             "hf/session.py:Session",
             "hf/training.py:Training",
             "strategies/call.py:Call",
@@ -52,10 +50,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "long_tuples": dict.fromkeys(("kernels/native.py",), _MENDED_SOON),
     "leaning_docstrings": dict.fromkeys(
         (
-            "collectives/base.py",
-            "comm/agreement.py",
-            "comm/base.py",
-            "comm/connect.py",
             "hf/training.py",
             "kernels/base.py",
             "kernels/merging.py",
@@ -81,7 +75,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     }
     | dict.fromkeys(
         (
-            "bench/collectives.py",
             "bench/kernels.py",
             "cli/bench.py",
             "cli/common.py",
@@ -89,12 +82,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
             "cli/explain.py:explain",
             "cli/traffic.py",
             "cli/verify.py",
-            "comm/launch.py",
-            "comm/mpi.py",
-            "comm/processes.py",
-            "comm/threads.py",
-            "comm/torch_distributed.py",
-            "comm/worker.py",
             "rounding.py",
         ),
         _MENDED_SOON,

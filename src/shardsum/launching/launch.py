@@ -15,8 +15,8 @@ from .threads import run_threads
 Result = TypeVar("Result")
 # How the ranks of a transport are started: what `Transport.started_by` names.
 WAYS: dict[str, Callable[..., list[Any]]] = {
-    "threads": run_threads,
-    "processes": run_processes(Processes),
+    "thread": run_threads,
+    "process": run_processes(Processes),
     "mpiexec": run_processes(Mpiexec),
 }
 
