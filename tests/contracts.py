@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from shardsum import AttentionState, merge
-from shardsum.collectives import all_reduce_states, as_collective
+from shardsum.collectives import COLLECTIVES, Collective, as_collective
 from shardsum.comm import Communicator, agree, mistakes_reach_all
-from shardsum.comm.memory import BUFFERS
+from shardsum.comm.group import GroupTransport
+from shardsum.comm.memory import (
+    BUFFERS,
+    PREPARED,
+    PREPARED_BYTES,
+    FreshBuffers,
+    KeptBuffers,
+    PreparedOperations,
+)
 from shardsum.errors import Mismatch
 
 DTYPES = [
@@ -88,16 +97,128 @@ def check_all_gather_again_and_again(comm: Communicator) -> None:
         assert (sent.sent_bytes, sent.messages) == (3 * (4 * length + 1) * others, 6 * others)
 
 
-def check_more_shapes_than_are_kept(comm: Communicator) -> None:
+def check_messages_that_go_one_way(comm: Communicator) -> None:
+    if comm.size == 1:
+        return
+    first, last = 0, comm.size - 1
+    before = comm.traffic.snapshot()
+    into = torch.zeros(4, 3)
+    if comm.rank == first:
+        comm.send(_from(first, 4, 3), last)
+    elif comm.rank == last:
+        comm.receive(into, first)
+        _same(into, _from(first, 4, 3))
+    sent = comm.traffic - before
+    assert (sent.sent_bytes, sent.messages, sent.rounds) == ((48, 1, 1) if comm.rank == first else (0, 0, 0))
+    comm.barrier()
+
+
+def check_hosts_are_alike_on_all_ranks(comm: Communicator) -> None:
+    before = comm.traffic.snapshot()
+    hosts = comm.hosts()
+    assert comm.ranks.hosts is comm.hosts() is hosts
+    assert comm.traffic == before
+    for part in comm.all_gather(torch.tensor([len(name) for name in hosts])):
+        assert part.tolist() == [len(name) for name in hosts]
+
+
+# Fast paths, each beside the plain way: equal results on every rank, to the bit, and equal traffic.
+
+_ROWS = [*range(1, BUFFERS + 4), 1, 2]  # more shapes than buffers are kept, and two of them again
+
+
+def _state_of(rank: int, rows: int) -> AttentionState:
+    return AttentionState(_from(rank, 1, 1, rows, 5), _from(rank, 1, 1, rows))
+
+
+def _reduced(
+    comm: Communicator, reduce: Callable[[Communicator, AttentionState], None], rows: int
+) -> tuple[Tensor, Tensor, object]:
+    """The merged state, and what this rank has sent for it."""
+    state, before = _state_of(comm.rank, rows), comm.traffic.snapshot()
+    if comm.size > 1:
+        reduce(comm, state)
+    return state.out, state.lse, comm.traffic - before
+
+
+def _alike(fast: tuple[Tensor, Tensor, object], plain: tuple[Tensor, Tensor, object]) -> None:
+    for found, expected in zip(fast[:2], plain[:2], strict=True):
+        _same(found, expected)
+    assert fast[2] == plain[2]
+
+
+@contextlib.contextmanager
+def _plainly(
+    comm: Communicator, *, buffers: FreshBuffers | None = None, prepared: PreparedOperations | None = None
+) -> Iterator[None]:
+    """In the block the communicator keeps buffers, or prepares operations, in this way."""
+    before = comm.buffers, comm.prepared
+    comm.buffers, comm.prepared = buffers or comm.buffers, prepared or comm.prepared
+    try:
+        yield
+    finally:
+        comm.buffers, comm.prepared = before
+
+
+def check_kept_buffers_are_as_fresh_ones(comm: Communicator) -> None:
+    for name in COLLECTIVES:
+        reduce, kept = as_collective(name).all_reduce_state, KeptBuffers()
+        for rows in _ROWS:
+            with _plainly(comm, buffers=kept, prepared=PreparedOperations(most=0)):
+                fast = _reduced(comm, reduce, rows)
+            with _plainly(comm, buffers=FreshBuffers(), prepared=PreparedOperations(most=0)):
+                _alike(fast, _reduced(comm, reduce, rows))
+
+
+def check_prepared_states_are_as_unprepared_ones(comm: Communicator) -> None:
     collective = as_collective("all_gather")
-    for rows in [*range(1, BUFFERS + 4), 1, 2]:
-        state = AttentionState(_from(comm.rank, 1, 1, rows, 5), _from(comm.rank, 1, 1, rows))
-        states = [AttentionState(_from(r, 1, 1, rows, 5), _from(r, 1, 1, rows)) for r in range(comm.size)]
-        found = all_reduce_states(comm, state, collective)
-        expected = functools.reduce(merge, states)
-        torch.testing.assert_close(found.out, expected.out)
-        torch.testing.assert_close(found.lse, expected.lse)
-        agree(comm, {"rows": rows})
+    plain = functools.partial(Collective.all_reduce_state, collective)
+    with _plainly(comm, prepared=PreparedOperations(most=3)):  # the later shapes find no place
+        for rows in _ROWS:
+            fast = _reduced(comm, collective.all_reduce_state, rows)
+            _alike(fast, _reduced(comm, plain, rows))
+            expected = functools.reduce(merge, [_state_of(rank, rows) for rank in range(comm.size)])
+            torch.testing.assert_close(fast[0], expected.out)
+            torch.testing.assert_close(fast[1], expected.lse)
+
+
+def check_prepared_operations_beyond_their_bound(comm: Communicator) -> None:
+    made: list[int] = []
+    operations = PreparedOperations()
+    for key in range(PREPARED + 3):
+        operations.get(key, 1, lambda key=key: made.append(key) or key + 1)
+    assert made == list(range(PREPARED))
+    assert operations.get(PREPARED, 1, lambda: 0) is None
+    assert operations.get("large", PREPARED_BYTES + 1, lambda: 0) is None
+    assert operations.get(0, 1, lambda: 0) == 1, "what was made stays"
+    collective = as_collective("all_gather")
+    with _plainly(comm, prepared=operations):  # there is no place left: agreement and states go the plain way
+        assert agree(comm, {"causal": True}, comm.rank) == [(rank, 0) for rank in range(comm.size)]
+        unprepared = _reduced(comm, collective.all_reduce_state, 3)
+    _alike(_reduced(comm, collective.all_reduce_state, 3), unprepared)
+
+
+def _agreements(comm: Communicator) -> list[object]:
+    """What agreements give, say and send, each on this rank."""
+    found: list[object] = []
+    for number in range(4):
+        before = comm.traffic.snapshot()
+        found.append(agree(comm, {"causal": True}, number + comm.rank, 7))
+        found.append(comm.traffic - before)
+        before = comm.traffic.snapshot()
+        if comm.size > 1:
+            with pytest.raises(Mismatch) as raised:
+                agree(comm, {"rows": [number, comm.rank == 0]}, 1, 1)
+            found.append(str(raised.value))
+        found.append(comm.traffic - before)
+    return found
+
+
+def check_prepared_frames_are_as_unprepared_ones(comm: Communicator) -> None:
+    with _plainly(comm, prepared=PreparedOperations()):
+        fast = _agreements(comm)
+    with _plainly(comm, prepared=PreparedOperations(most=0)):
+        assert _agreements(comm) == fast
 
 
 def check_every_dtype(comm: Communicator) -> None:
@@ -260,12 +381,35 @@ COMMUNICATOR: dict[str, Callable[[Communicator], None]] = {
 }
 
 
-def run_communicator_contracts(comm: Communicator) -> dict[str, str]:
-    """The traceback of every check that failed on this rank: a whole suite in one launch."""
+# What holds for one rank alone, without the values that others would send.
+OF_ONE_RANK = (
+    "all_gather_where_all_are_empty",
+    "received_tensors_are_the_callers",
+    "traffic",
+    "a_mistake_after_the_agreement_is_the_ranks_own",
+    "kept_buffers_are_as_fresh_ones",
+)
+
+
+def run_communicator_contracts(comm: Communicator, contracts: Sequence[str] = ()) -> dict[str, str]:
+    """The traceback of every check that failed on this rank: a whole suite, by default, in one launch."""
     failed = {}
-    for name, check in COMMUNICATOR.items():
+    for name in contracts or COMMUNICATOR:
         try:
-            check(comm)
+            COMMUNICATOR[name](comm)
         except Exception:  # noqa: BLE001, PERF203 (each is reported by the test of its name)
             failed[name] = traceback.format_exc()
+    return failed
+
+
+def run_communicator_contracts_in_groups(comm: Communicator) -> dict[str, str]:
+    """Run the contracts in two groups side by side, one of them a rank alone, and in one group of all ranks."""
+    last, *others = reversed(range(comm.size))
+    failed = {}
+    for name, groups in {"apart": [others, [last]], "turned": [[last, *others]]}.items():
+        (members,) = (group for group in groups if comm.rank in group)
+        group = Communicator(GroupTransport(comm._transport, members), comm)
+        for contract, text in run_communicator_contracts(group).items():
+            failed[contract] = f"{name}, ranks {members}: {text}"
+        comm.barrier()
     return failed

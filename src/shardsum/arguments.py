@@ -74,9 +74,9 @@ class Arguments:
             raise ValueError("cu_seqlens_k needs cu_seqlens: state the documents of the queries too.")
         if whole("sink_tokens", self.sink_tokens) < 0:
             raise ValueError(f"sink_tokens must be 0 or more: got {self.sink_tokens}.")
-        self._check_scores(sizes)
+        _check_scores(self, sizes)
         if self.return_bound:
-            self._check_bound(sizes.dtype)
+            _check_bound(self, sizes.dtype)
         intervals = self.key_intervals
         return {
             "layout": layout.describe(),
@@ -116,43 +116,6 @@ class Arguments:
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"alibi_slopes must be numbers: got {self.alibi_slopes!r}.") from None
 
-    def _check_scores(self, sizes: Sizes) -> None:
-        if isinstance(self.scale, Tensor):
-            _check_scale(self.scale, sizes)
-        elif self.scale is not None and not math.isfinite(_number("scale", self.scale)):
-            raise ValueError(f"scale must be a finite number: got {self.scale}.")
-        if self.softcap is not None and not 0.0 < _number("softcap", self.softcap) < math.inf:
-            raise ValueError(f"softcap must be a positive number: got {self.softcap}.")
-        if not 0.0 <= _number("dropout_p", self.dropout_p) < 1.0:
-            raise ValueError(f"dropout_p must be at least 0 and less than 1: got {self.dropout_p}.")
-        for name, tensor in (("sinks", self.sinks), ("bias", self.bias)):
-            if tensor is not None and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
-                also = " A mask is a bias of 0 and -inf." if name == "bias" else ""
-                raise ValueError(f"{name} must be a tensor of floats: got {_kind(tensor)}.{also}")
-        for name, values in (("alibi_slopes", self.slopes(sizes.dtype)), ("sinks", self.sinks)):
-            shape = None if values is None else tuple(values.shape)
-            if shape not in (None, (sizes.q_heads,)):
-                raise ValueError(f"{name} must be (q_heads,): got {shape} for {sizes.q_heads} heads.")
-        if self.bias is None:
-            return
-        allowed = ((1, sizes.batch), (1, sizes.q_heads), (sizes.q_len,))
-        if self.bias.ndim != 4 or any(size not in s for size, s in zip(self.bias.shape[:3], allowed, strict=True)):
-            raise ValueError(
-                "bias must be (batch or 1, q_heads or 1, this rank's queries, all keys): got "
-                f"{tuple(self.bias.shape)}, batch {sizes.batch}, {sizes.q_heads} heads, {sizes.q_len} rows."
-            )
-
-    def _check_bound(self, dtype: torch.dtype) -> None:
-        if not self.reproducible:
-            raise Unsupported("return_bound rests on the order of sums: it needs reproducible=True.")
-        if self.dropout_p:
-            raise Unsupported(f"return_bound knows no dropout: got dropout_p={self.dropout_p}.")
-        slopes = self.slopes(dtype)
-        if slopes is not None and not torch.equal(slopes.float().to(slopes.dtype), slopes):
-            raise Unsupported("return_bound takes alibi_slopes that are float32 numbers: pass slopes.float().")
-        if torch.get_float32_matmul_precision() != "highest":
-            raise Unsupported("return_bound needs torch.set_float32_matmul_precision('highest').")
-
     def mask(
         self, q_len: int, kv_len: int, batch: int, key_intervals: tuple[Tensor, Tensor] | None = None
     ) -> Mask:
@@ -187,6 +150,47 @@ class Arguments:
             sink_tokens=self.sink_tokens,
             key_intervals=key_intervals,
         )
+
+
+def _check_scores(arguments: Arguments, sizes: Sizes) -> None:
+    if isinstance(arguments.scale, Tensor):
+        _check_scale(arguments.scale, sizes)
+    elif arguments.scale is not None and not math.isfinite(_number("scale", arguments.scale)):
+        raise ValueError(f"scale must be a finite number: got {arguments.scale}.")
+    if arguments.softcap is not None and not 0.0 < _number("softcap", arguments.softcap) < math.inf:
+        raise ValueError(f"softcap must be a positive number: got {arguments.softcap}.")
+    if not 0.0 <= _number("dropout_p", arguments.dropout_p) < 1.0:
+        raise ValueError(f"dropout_p must be at least 0 and less than 1: got {arguments.dropout_p}.")
+    for name, tensor in (("sinks", arguments.sinks), ("bias", arguments.bias)):
+        if tensor is not None and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+            also = " A mask is a bias of 0 and -inf." if name == "bias" else ""
+            raise ValueError(f"{name} must be a tensor of floats: got {_kind(tensor)}.{also}")
+    for name, values in (("alibi_slopes", arguments.slopes(sizes.dtype)), ("sinks", arguments.sinks)):
+        shape = None if values is None else tuple(values.shape)
+        if shape not in (None, (sizes.q_heads,)):
+            raise ValueError(f"{name} must be (q_heads,): got {shape} for {sizes.q_heads} heads.")
+    if arguments.bias is None:
+        return
+    allowed = ((1, sizes.batch), (1, sizes.q_heads), (sizes.q_len,))
+    if arguments.bias.ndim != 4 or any(
+        size not in s for size, s in zip(arguments.bias.shape[:3], allowed, strict=True)
+    ):
+        raise ValueError(
+            "bias must be (batch or 1, q_heads or 1, this rank's queries, all keys): got "
+            f"{tuple(arguments.bias.shape)}, batch {sizes.batch}, {sizes.q_heads} heads, {sizes.q_len} rows."
+        )
+
+
+def _check_bound(arguments: Arguments, dtype: torch.dtype) -> None:
+    if not arguments.reproducible:
+        raise Unsupported("return_bound rests on the order of sums: it needs reproducible=True.")
+    if arguments.dropout_p:
+        raise Unsupported(f"return_bound knows no dropout: got dropout_p={arguments.dropout_p}.")
+    slopes = arguments.slopes(dtype)
+    if slopes is not None and not torch.equal(slopes.float().to(slopes.dtype), slopes):
+        raise Unsupported("return_bound takes alibi_slopes that are float32 numbers: pass slopes.float().")
+    if torch.get_float32_matmul_precision() != "highest":
+        raise Unsupported("return_bound needs torch.set_float32_matmul_precision('highest').")
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -27,28 +27,21 @@ class Bounds(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Mask:
-    """Which keys each query may see, over the global sequence.
+class Documents:
+    """Where queries and keys stand, and which keys their documents and ranges permit.
 
-    `q_len`, `kv_len`: global lengths. `window`: (left, right) keys around the query's own position, None is no
-    limit. `cu_seqlens`, `cu_seqlens_k`: cumulative document lengths. `key_range`: (start, end), each (batch,).
-    `q_start`: position of query 0, () or (batch,); without it the last query meets the last key. `prefix`,
-    `sink_tokens`: so many first keys are seen besides, the former whatever causal says. `key_intervals`: (lo, hi)
-    of all queries, global key indices; nothing outside is seen.
-    Raises: ValueError for lengths, windows and ranges that make no sense.
+    `q_len`, `kv_len`: global lengths. `cu_seqlens`, `cu_seqlens_k`: cumulative document lengths. `key_range`:
+    (start, end), each (batch,). `q_start`: position of query 0, () or (batch,); without it the last query meets
+    the last key.
+    Raises: ValueError for lengths that make no sense.
     """
 
     q_len: int
     kv_len: int
-    causal: bool = False
-    window: tuple[int | None, int | None] = (None, None)
     cu_seqlens: Int[Tensor, " q_ends"] | None = None
     cu_seqlens_k: Int[Tensor, " k_ends"] | None = None
     key_range: tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]] | None = None
     q_start: Int[Tensor, " batch_or_1_of_starts"] | None = None
-    prefix: Int[Tensor, " batch_or_1_of_prefixes"] | None = None
-    sink_tokens: int = 0
-    key_intervals: tuple[Rows, Rows] | None = None
 
     def __post_init__(self) -> None:
         if (self.cu_seqlens is None) != (self.cu_seqlens_k is None):
@@ -65,6 +58,57 @@ class Mask:
         _check_documents("cu_seqlens", self.cu_seqlens, self.q_len, "queries")
         name = "cu_seqlens" if self.cu_seqlens_k is self.cu_seqlens else "cu_seqlens_k"
         _check_documents(name, self.cu_seqlens_k, self.kv_len, "keys")
+
+    def _in_range(self, first: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+        if self.key_range is None:
+            return first, end
+        start, stop = (bound.to(first.device, torch.int64).view(-1, 1) for bound in self.key_range)
+        first = torch.maximum(first, start)
+        return first, torch.maximum(torch.minimum(end, stop), first)
+
+    def _documents(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each row's first and last key of its document and its own position, as global key indices."""
+        if self.cu_seqlens is None or self.cu_seqlens_k is None:
+            first = rows.new_zeros(1, rows.numel())
+            return first, first + self.kv_len, rows + self._shift(rows)
+        q_ends, k_ends = self.cu_seqlens.to(rows).contiguous(), self.cu_seqlens_k.to(rows)
+        document = torch.searchsorted(q_ends, rows, right=True) - 1
+        first, end = k_ends[document], k_ends[document + 1]
+        # The document's last query meets its last key.
+        diagonal = end - q_ends[document + 1] + rows
+        return first[None], end[None], diagonal[None]
+
+    def _documents_of_keys(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Each key's document: its rows, what to add to a row for its own position, and its permitted keys."""
+        if self.cu_seqlens is None or self.cu_seqlens_k is None:
+            row, first = torch.zeros_like(keys)[None], torch.zeros_like(keys)[None]
+            return row, row + self.q_len, self._shift(keys), *self._in_range(first, first + self.kv_len)
+        q_ends, k_ends = self.cu_seqlens.to(keys), self.cu_seqlens_k.to(keys).contiguous()
+        document = torch.searchsorted(k_ends, keys, right=True) - 1
+        row, row_end = q_ends[document][None], q_ends[document + 1][None]
+        first, end = k_ends[document][None], k_ends[document + 1][None]
+        return row, row_end, end - row_end, *self._in_range(first, end)
+
+    def _shift(self, like: Tensor) -> Tensor:
+        """What is added to a row for its own position, of a sequence that is one document: (batch or 1, 1)."""
+        shift = like.new_tensor([self.kv_len - self.q_len]) if self.q_start is None else self.q_start
+        return shift.to(like.device, torch.int64).view(-1, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Mask(Documents):
+    """Which keys each query may see, over the global sequence.
+
+    `window`: (left, right) keys around the query's own position, None is no limit. `prefix`, `sink_tokens`: this
+    many first keys are seen besides, the former whatever causal says. `key_intervals`: (lo, hi) of all queries,
+    global key indices; nothing outside is seen.
+    """
+
+    causal: bool = False
+    window: tuple[int | None, int | None] = (None, None)
+    prefix: Int[Tensor, " batch_or_1_of_prefixes"] | None = None
+    sink_tokens: int = 0
+    key_intervals: tuple[Rows, Rows] | None = None
 
     @property
     def parts(self) -> int:
@@ -163,41 +207,6 @@ class Mask:
         """Each row's first and last permitted key, by document and key_range, and its own position."""
         first, end, diagonal = self._documents(rows)
         return *self._in_range(first, end), diagonal
-
-    def _in_range(self, first: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-        if self.key_range is None:
-            return first, end
-        start, stop = (bound.to(first.device, torch.int64).view(-1, 1) for bound in self.key_range)
-        first = torch.maximum(first, start)
-        return first, torch.maximum(torch.minimum(end, stop), first)
-
-    def _documents(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each row's first and last key of its document and its own position, as global key indices."""
-        if self.cu_seqlens is None or self.cu_seqlens_k is None:
-            first = rows.new_zeros(1, rows.numel())
-            return first, first + self.kv_len, rows + self._shift(rows)
-        q_ends, k_ends = self.cu_seqlens.to(rows).contiguous(), self.cu_seqlens_k.to(rows)
-        document = torch.searchsorted(q_ends, rows, right=True) - 1
-        first, end = k_ends[document], k_ends[document + 1]
-        # The document's last query meets its last key.
-        diagonal = end - q_ends[document + 1] + rows
-        return first[None], end[None], diagonal[None]
-
-    def _documents_of_keys(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Each key's document: its rows, what to add to a row for its own position, and its permitted keys."""
-        if self.cu_seqlens is None or self.cu_seqlens_k is None:
-            row, first = torch.zeros_like(keys)[None], torch.zeros_like(keys)[None]
-            return row, row + self.q_len, self._shift(keys), *self._in_range(first, first + self.kv_len)
-        q_ends, k_ends = self.cu_seqlens.to(keys), self.cu_seqlens_k.to(keys).contiguous()
-        document = torch.searchsorted(k_ends, keys, right=True) - 1
-        row, row_end = q_ends[document][None], q_ends[document + 1][None]
-        first, end = k_ends[document][None], k_ends[document + 1][None]
-        return row, row_end, end - row_end, *self._in_range(first, end)
-
-    def _shift(self, like: Tensor) -> Tensor:
-        """What is added to a row for its own position, of a sequence that is one document: (batch or 1, 1)."""
-        shift = like.new_tensor([self.kv_len - self.q_len]) if self.q_start is None else self.q_start
-        return shift.to(like.device, torch.int64).view(-1, 1)
 
 
 def _check_documents(name: str, ends: Tensor, length: int, what: str) -> None:

@@ -96,14 +96,14 @@ WHEN = ("before the first call", "agreement", "payload", "between", "backward", 
 
 def _arm(comm: Communicator, operation: int, end: Callable[[], Any]) -> None:
     """End this rank when it comes to that operation from here on: 1 is the agreement, 2 the first payload."""
-    count, numbers = comm._count_round, itertools.count(1)
+    count, numbers = comm._count, itertools.count(1)
 
     def counted(sent_bytes: int, messages: int) -> None:
         if next(numbers) == operation:
             end()
         count(sent_bytes, messages)
 
-    mock.patch.object(comm, "_count_round", counted).start()
+    mock.patch.object(comm, "_count", counted).start()
 
 
 def end_at(comm: Communicator, how: str, when: str, directory: str) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.distributed import FileStore, HashStore
 
-from shardsum.comm import LAUNCHED, Communicator, SingleTransport
+from shardsum.comm import LAUNCHED, TRANSPORTS, Communicator, SingleTransport
+from shardsum.comm.counting import CountingTransport
 from shardsum.comm.group import GroupTransport
 from shardsum.comm.mpi import MpiTransport
 from shardsum.comm.threads import ThreadTransport
@@ -20,23 +21,45 @@ from shardsum.comm.torch_distributed import GlooTransport, NcclTransport, transp
 from shardsum.errors import RankLost
 from shardsum.launching import launch
 
-from ..contracts import COMMUNICATOR, run_communicator_contracts
+from ..contracts import (
+    COMMUNICATOR,
+    OF_ONE_RANK,
+    run_communicator_contracts,
+    run_communicator_contracts_in_groups,
+)
 
+ALONE = [name for name, kind in TRANSPORTS.items() if kind is SingleTransport]
+# NCCL, which needs a device for each rank, has a stand-in below.
 GROUPS = [(transport, ranks) for transport in LAUNCHED for ranks in (1, 2, 3)]
 
 
 @functools.cache
 def _failures(transport: str, ranks: int) -> list[dict[str, str]]:
-    if transport == "single":
+    if transport in ALONE:
         return [run_communicator_contracts(Communicator(SingleTransport()))]
     return launch(run_communicator_contracts, ranks=ranks, transport=transport, deadline=60.0)
 
 
 @pytest.mark.parametrize("contract", COMMUNICATOR)
-@pytest.mark.parametrize(("transport", "ranks"), [("single", 1), *GROUPS])
+@pytest.mark.parametrize(("transport", "ranks"), [*((name, 1) for name in ALONE), *GROUPS])
 def test_contract(transport: str, ranks: int, contract: str) -> None:
     for rank, failures in enumerate(_failures(transport, ranks)):
         assert contract not in failures, f"on rank {rank}:\n{failures[contract]}"
+
+
+def test_the_contract_is_run_over_every_transport() -> None:
+    assert {*LAUNCHED, *ALONE, NcclTransport.name} == set(TRANSPORTS)
+
+
+@pytest.mark.parametrize("transport", LAUNCHED)
+def test_groups_keep_the_contract(transport: str) -> None:
+    assert launch(run_communicator_contracts_in_groups, 3, transport, deadline=60.0) == [{}] * 3
+
+
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (2, 3)])
+def test_one_rank_without_the_others_keeps_what_it_can_of_the_contract(rank: int, size: int) -> None:
+    comm = Communicator(CountingTransport(rank, size))
+    assert run_communicator_contracts(comm, OF_ONE_RANK) == {}
 
 
 class OldMpi:
@@ -154,7 +177,8 @@ def test_what_nccl_is_asked_for_keeps_the_contract(ranks: int, monkeypatch: pyte
         assert isinstance(transport, ThreadTransport)
         nccl = NcclTransport(LikeNccl(transport), comm.rank, comm.size)
         nccl.device = nccl._device = torch.device("cpu")
-        return run_communicator_contracts(Communicator(nccl))
+        over_nccl = Communicator(nccl)
+        return run_communicator_contracts(over_nccl) | run_communicator_contracts_in_groups(over_nccl)
 
     assert launch(run, ranks=ranks, transport="threads", deadline=60.0) == [{}] * ranks
 

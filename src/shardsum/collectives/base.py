@@ -70,13 +70,13 @@ class Collective(ABC):
 
 
 def slices(rows: int, parts: int) -> list[slice]:
-    """So many parts of the rows, as even as they can be."""
+    """Cut `rows` rows into `parts` slices, as even as they can be."""
     edges = [rows * part // parts for part in range(parts + 1)]
     return [slice(*ends) for ends in itertools.pairwise(edges)]
 
 
 def depth(size: int) -> int:
-    """How often so many ranks are halved until each is alone."""
+    """Return how often a group of `size` ranks is halved until each rank is alone."""
     return (size - 1).bit_length()
 
 

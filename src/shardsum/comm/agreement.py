@@ -60,7 +60,7 @@ class Description:
         return cls(text.encode(), hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES))
 
     def called(self, name: str) -> Description:
-        """The same values of a call of that name, where none has been given yet."""
+        """Return the description of a call of that name with these values, which have no name yet."""
         hashed, called = self._hashed.copy(), name.encode()
         hashed.update(called)
         return Description(self.text + called, hashed)

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from ..errors import RankLost, Unsupported
+from ..errors import Unsupported
 from .group import GroupTransport
+from .membership import Membership
 from .memory import FreshBuffers, KeptBuffers, PreparedOperations
-from .ranks import Ranks
 from .single import SingleTransport
 from .traffic import Traffic
 from .transport import Transport, as_bytes
 
 # What is sent, to whom, where to receive, from whom.
 Message = tuple[Tensor, int, Tensor, int]
-_HOST_BYTES = 64  # as long as a host's name can be on Linux
 
 
-class Communicator:
+class Communicator(Membership):
     """A group of ranks that exchange tensors over a transport: one per thread of control, not shared.
 
     Every operation is collective: all ranks call the same ones in the same order. Sizes must be known to both
@@ -40,32 +37,11 @@ class Communicator:
 
     def __init__(self, transport: Transport, parent: Communicator | None = None) -> None:
         """`parent`: the communicator whose ranks these are a part of, and whose traffic they count in."""
-        self._transport = transport
-        self.rank, self.size, self.transport = transport.rank, transport.size, transport.name
+        super().__init__(transport)
         self.traffic: Traffic = Traffic() if parent is None else parent.traffic
         self.buffers: FreshBuffers = KeptBuffers() if parent is None else parent.buffers
         self.prepared = PreparedOperations()
         self.calls = self.epoch = 0
-        self._hosts: tuple[str, ...] | None = None
-
-    @property
-    def deadline_seconds(self) -> float:
-        """The longest wait in any operation."""
-        return self._transport.deadline_seconds
-
-    @deadline_seconds.setter
-    def deadline_seconds(self, seconds: float) -> None:
-        self._transport.deadline_seconds = seconds
-
-    @property
-    def device(self) -> torch.device:
-        """Where tensors go that only the ranks themselves want to exchange."""
-        return self._transport.device
-
-    @property
-    def ranks(self) -> Ranks:
-        """This rank, the number of ranks, and the ranks' hosts once `hosts` has been called."""
-        return Ranks(self.rank, self.size, self._hosts)
 
     def all_gather(
         self, part: Tensor, shapes: Sequence[Sequence[int]] | None = None, into: Tensor | None = None
@@ -148,21 +124,6 @@ class Communicator:
 
         return again
 
-    def hosts(self) -> tuple[str, ...]:
-        """The name of every rank's host, which all ranks ask for together.
-
-        They are gathered once, before any payload that is counted: not part of the traffic.
-        """
-        if self._hosts is None:
-            self.check()
-            name = socket.gethostname().encode()[:_HOST_BYTES].ljust(_HOST_BYTES, b"\0")
-            own = torch.frombuffer(bytearray(name), dtype=torch.uint8)
-            everyones = torch.empty(self.size, _HOST_BYTES, dtype=torch.uint8)
-            self._transport.all_gather(own, everyones, [_HOST_BYTES] * self.size)
-            names = [name.tobytes().rstrip(b"\0") for name in everyones.numpy()]
-            self._hosts = tuple(name.decode(errors="replace") for name in names)
-        return self._hosts
-
     def barrier(self) -> None:
         """Return when every rank has come here."""
         self.all_gather(torch.zeros(1, dtype=torch.uint8))
@@ -184,30 +145,10 @@ class Communicator:
         shrunk.epoch = self.epoch
         return shrunk
 
-    @property
-    def closed(self) -> bool:
-        """Whether nothing may be called any more."""
-        return self._transport.closed
-
     def close(self) -> None:
         """Give back what this communicator holds; nothing may be called afterwards."""
         self.prepared.clear()
-        self._transport.close()
-
-    def __enter__(self) -> Communicator:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def check(self) -> None:
-        """Raise where no operation may begin any more."""
-        if self._transport.loss is not None:
-            raise RankLost(f"this communicator has lost a rank already: {self._transport.loss}")
-        if self._transport.closed:
-            raise ValueError("this communicator is closed.")
+        super().close()
 
     def _count(self, sent_bytes: int, messages: int) -> None:
         """Check and count what is one round of communication, if it has messages."""

@@ -70,7 +70,7 @@ def rendezvous(transport: str, timeout: timedelta) -> tuple[Any, int, int]:
 
 
 def interfaces() -> list[str]:
-    """Those that Gloo is to use, named as torch.distributed wants them; the loopback if no rank is elsewhere."""
+    """Return the network interfaces for Gloo, by name; the loopback if no rank is on another host."""
     named = os.environ.get("GLOO_SOCKET_IFNAME", "")
     if not named and os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1"):
         named = "lo"

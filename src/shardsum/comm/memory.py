@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from ..memory import kept_memory
@@ -36,7 +35,7 @@ class KeptBuffers(FreshBuffers):
     """Working memory that is the same at every call for one use, size, dtype and device."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, int, tuple[int, ...], torch.dtype, torch.device], Buffer] = {}
+        self._buffers: dict[Hashable, Buffer] = {}
 
     def get(
         self, like: Tensor, count: int = 1, use: str = "receive", shape: tuple[int, ...] | None = None
@@ -60,13 +59,15 @@ class PreparedOperations:
     the same order, so that they find the same things made, and the same ones refused once the place is taken.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = PREPARED) -> None:
+        """`most`: how many are made; with 0 everything is done the plain way."""
+        self._most = most
         self._operations: dict[Hashable, Any] = {}
 
     def get(self, key: Hashable, held_bytes: int, make: Callable[[], T]) -> T | None:
         """What `make` gave for this key, or gives now; None where it is to be done the plain way."""
         operation: T | None = self._operations.get(key)
-        if operation is None and held_bytes <= PREPARED_BYTES and len(self._operations) < PREPARED:
+        if operation is None and held_bytes <= PREPARED_BYTES and len(self._operations) < self._most:
             operation = self._operations[key] = make()
         return operation
 

@@ -15,15 +15,13 @@ from torch import Tensor
 
 from ..errors import RankLost, Unsupported
 from .environment import share_cores, started_by_mpiexec
+from .mpi_peers import MpiPeers, named
 from .transport import DEFAULT_DEADLINE_SECONDS, Transport
 
 # A finished message is seen at once while polling; after this long it is no longer latency that counts, and
 # the core goes to whoever needs it (more ranks than cores, or a neighbour that still computes).
 SPIN_SECONDS = 0.0005
-# How often a rank that waits looks whether another has failed or given up, and how long one that gave up waits to
-# hear from the others, so as to name those that are silent.
-LOOK_SECONDS, ANSWER_SECONDS = 0.1, 0.5
-_GIVEN_UP = 1  # the tag of what a rank sends that gave up; all else has tag 0
+LOOK_SECONDS = 0.1  # how often a rank that waits looks whether another has failed or given up
 _RECOVERS = "OMPI_MCA_mpi_ft_enable"  # what `--with-ft ulfm` sets for each rank
 _MAX_BYTES = 2**31 - 1  # of one MPI message counted by a C int
 
@@ -54,6 +52,7 @@ class MpiTransport(Transport):
         super().__init__(own.Get_rank(), own.Get_size(), deadline_seconds)
         self.error, self._byte, self._at = library.Exception, library.BYTE, library.buffer.fromaddress
         self._in_place, self.is_over = library.IN_PLACE, library.Is_finalized
+        self._peers = MpiPeers(own, self.error)
 
     def close(self) -> None:
         if not self.closed:
@@ -147,36 +146,16 @@ class MpiTransport(Transport):
 
     def lost_by(self, failure: Exception, peers: Sequence[int] = ()) -> RankLost:
         """What MPI's error means, in an operation with these peers (none: with all)."""
-        who = _named(self._gone() or peers)
+        who = named(self._peers.gone() or peers)
         return self.lost(f"{who} is gone: rank {self.rank} waited, and MPI says {failure}.")
 
     def _look(self, waited: float, peers: Sequence[int]) -> None:
         """Raise RankLost where a rank has failed, this one has waited too long, or another has."""
-        if gone := self._gone():
-            raise self.lost(f"{_named(gone)} is gone: rank {self.rank} waited for {_named(peers)}.")
-        if waited > self.deadline_seconds or self._mpi.Iprobe(tag=_GIVEN_UP):
-            stuck = _named(self._silent() or peers)
+        if gone := self._peers.gone():
+            raise self.lost(f"{named(gone)} is gone: rank {self.rank} waited for {named(peers)}.")
+        if waited > self.deadline_seconds or self._peers.one_gave_up():
+            stuck = named(self._peers.silent() or peers)
             raise self.lost(f"rank {self.rank} waited {waited:.1f} s for {stuck}: a peer is gone or stuck.")
-
-    def _gone(self) -> list[int]:
-        """The ranks that MPI knows to have failed: none where it does not look for that (without ULFM)."""
-        try:
-            failed = self._mpi.Get_failed()
-            return list(failed.Translate_ranks(None, self._mpi.Get_group()))
-        except (self.error, NotImplementedError):
-            return []
-
-    def _silent(self) -> list[int]:
-        """The ranks that do not answer: those that wait give up with this one, and all send each other a word."""
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        self._words = [bytearray(1) for _ in range(2 * self.size)]  # MPI may write them later
-        hearing = {rank: self._mpi.Irecv(self._words[rank], rank, _GIVEN_UP) for rank in others}
-        self._sending = [self._mpi.Isend(self._words[self.size + rank], rank, _GIVEN_UP) for rank in others]
-        end = time.perf_counter() + ANSWER_SECONDS
-        while hearing and time.perf_counter() < end:
-            hearing = {rank: request for rank, request in hearing.items() if not request.Test()}
-            os.sched_yield()
-        return list(hearing)
 
     def _buffer(self, x: Tensor) -> Any:
         """torch's own memory as MPI sees it; the tensor must be kept as long as MPI uses that."""
@@ -216,10 +195,6 @@ class _PersistentRequest:
             _under_way.append(self._memory)
         elif not self._transport.is_over():
             self._requests[0].Free()
-
-
-def _named(peers: Sequence[int]) -> str:
-    return " or ".join(f"rank {peer}" for peer in peers) or "all others"
 
 
 def _import_mpi() -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -13,8 +12,3 @@ class Ranks:
     rank: int
     size: int
     hosts: tuple[str, ...] | None = None
-
-    def subgroup(self, members: Sequence[int]) -> Ranks:
-        """The ranks `members`, this one among them, in that order."""
-        hosts = None if self.hosts is None else tuple(self.hosts[member] for member in members)
-        return Ranks(members.index(self.rank), len(members), hosts)

@@ -90,7 +90,7 @@ class ThreadTransport(Transport):
     """A rank that is a thread; what it sends is copied once, so the sender may reuse its buffers."""
 
     name = "threads"
-    started_by = "threads"
+    started_by = "thread"
 
     def __init__(self, hub: Hub, rank: int, deadline_seconds: float = DEFAULT_DEADLINE_SECONDS) -> None:
         super().__init__(rank, hub.size, deadline_seconds)

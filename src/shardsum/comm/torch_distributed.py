@@ -157,7 +157,7 @@ class GlooTransport(TorchTransport):
     """Gloo: CPUs of one host or many, through sockets."""
 
     name = "gloo"
-    started_by = "processes"
+    started_by = "process"
 
     def __init__(
         self,

@@ -107,7 +107,7 @@ class Transport(ABC):
 
 
 def as_bytes(part: Tensor) -> Tensor:
-    """The same memory as flat uint8, if it is contiguous."""
+    """Return a tensor as flat uint8: a view of its memory if that is contiguous, else a copy."""
     if part.dtype == torch.uint8 and part.ndim == 1 and part.is_contiguous():
         return part
     return part.contiguous().reshape(-1).view(torch.uint8)

@@ -44,6 +44,6 @@ def describe_job(fn: Callable[..., Any], ranks: int, transport: str, deadline: f
         "transport": transport,
         "size": ranks,
         "deadline": deadline,
-        "threads": share,
+        "threads_per_rank": share,
         "cores": pinned,
     }

@@ -15,8 +15,8 @@ from .threads import run_threads
 Result = TypeVar("Result")
 # How the ranks of a transport are started: what `Transport.started_by` names.
 WAYS: dict[str, Callable[..., list[Any]]] = {
-    "threads": run_threads,
-    "processes": run_processes(Processes),
+    "thread": run_threads,
+    "process": run_processes(Processes),
     "mpiexec": run_processes(Mpiexec),
 }
 
@@ -36,7 +36,9 @@ def launch(
     AttentionState, and lists, tuples and dicts of these. Each rank gets its share of the cores.
     `deadline`: the longest wait in a collective, in seconds.
     Raises: the exception of the lowest failed rank that did not merely lose a peer, with `.rank`: of the same
-    class if it is built in or ours, else RuntimeError. RankLost where a process ended without a word.
+    class if it is built in or ours, else RuntimeError. RankLost where a process ended without a word,
+    also if the others go on by `Communicator.shrink`: processes have twice `GRACE_SECONDS`, two seconds, for that
+    and then end. No result is brought back; survivors must write down themselves what they found.
 
     >>> launch(lambda comm, x: comm.rank + x, ranks=3, transport="threads", args=(10,))
     [10, 11, 12]

@@ -68,7 +68,7 @@ def _end_with_the_launch(directory: Path) -> None:
 def _connect(kind: type[Transport], job: dict[str, Any], directory: Path, rank: int | None) -> Communicator:
     if rank is not None and job["cores"]:  # where nobody else has pinned it and told it its rank
         os.sched_setaffinity(0, job["cores"][rank])
-    torch.set_num_threads(job["threads"])
+    torch.set_num_threads(job["threads_per_rank"])
     return Communicator(kind.join(directory, rank, job["size"], job["deadline"]))
 
 

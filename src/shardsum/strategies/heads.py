@@ -59,7 +59,8 @@ class Split:
 
     @functools.cached_property
     def _kv_heads_of_all(self) -> int:
-        return sum(part.stop - part.start for part in self.kv_heads)
+        count: int = sum(part.stop - part.start for part in self.kv_heads)
+        return count
 
     def gathered(self, heads: Sequence[slice], placement: Placement, rank: int) -> int:
         """How many (head, position) pairs a rank sends where each gathers its heads of the group's positions."""
