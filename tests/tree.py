@@ -34,8 +34,8 @@ OUTSIDE = {
     "benchmarks/": "ratios against one process, other libraries beside ours, memory by ranks; results/ in JSON",
     "examples/": "numbered; CI compares what they print",
     "docs/": "choose.md: which strategy, layout, kernel and transport; extending.md: adding one of each; log.md: "
-    "what was measured and tried; defense-of-design.md: why it is built this way; theory.md: what rounding can do; "
-    "reproducible.md, hosts.md, security.md",
+    "what was measured and tried; defense-of-design.md: why it is built this way; theory.md: what rounding can "
+    "do; reproducible.md, hosts.md, security.md",
 }
 
 

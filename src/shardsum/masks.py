@@ -26,6 +26,16 @@ class Bounds(NamedTuple):
     hi: Rows
 
 
+class _OfKeys(NamedTuple):
+    """Each key's document: its rows, what to add to a row for its own position, and its permitted keys."""
+
+    row: Tensor
+    row_end: Tensor
+    shift: Tensor
+    first: Tensor
+    end: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Documents:
     """Where queries and keys stand, and which keys their documents and ranges permit.
@@ -78,16 +88,16 @@ class Documents:
         diagonal = end - q_ends[document + 1] + rows
         return first[None], end[None], diagonal[None]
 
-    def _documents_of_keys(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _documents_of_keys(self, keys: Tensor) -> _OfKeys:
         """Each key's document: its rows, what to add to a row for its own position, and its permitted keys."""
         if self.cu_seqlens is None or self.cu_seqlens_k is None:
             row, first = torch.zeros_like(keys)[None], torch.zeros_like(keys)[None]
-            return row, row + self.q_len, self._shift(keys), *self._in_range(first, first + self.kv_len)
+            return _OfKeys(row, row + self.q_len, self._shift(keys), *self._in_range(first, first + self.kv_len))
         q_ends, k_ends = self.cu_seqlens.to(keys), self.cu_seqlens_k.to(keys).contiguous()
         document = torch.searchsorted(k_ends, keys, right=True) - 1
         row, row_end = q_ends[document][None], q_ends[document + 1][None]
         first, end = k_ends[document][None], k_ends[document + 1][None]
-        return row, row_end, end - row_end, *self._in_range(first, end)
+        return _OfKeys(row, row_end, end - row_end, *self._in_range(first, end))
 
     def _shift(self, like: Tensor) -> Tensor:
         """What is added to a row for its own position, of a sequence that is one document: (batch or 1, 1)."""

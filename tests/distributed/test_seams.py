@@ -169,7 +169,7 @@ def held_by_several(comm: Communicator, quantize: str | None, reproducible: bool
     for holders in (None, HOLDERS[comm.size]):
         cache = KVCache(layers=1, kv_heads=2, head_dim=16, comm=comm, quantize=quantize, reproducible=reproducible)
         if holders is not None:
-            cache._owners = Owners(comm.size, 256 if reproducible else 1, holders)
+            cache._store.owners = Owners(comm.size, 256 if reproducible else 1, holders)
         cache.append(0, k[:, :, :1100], v[:, :, :1100])
         for step in range(1100, 1300, 40):
             cache.append(0, k[:, :, step : step + 40], v[:, :, step : step + 40])

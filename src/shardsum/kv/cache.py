@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +19,9 @@ from ..prepared import PreparedCall
 from ..problem import DTYPES, Sizes
 from ..strategies import PlacedBlock
 from ..tree import unit
-from .owners import Owners
 from .prepared_calls import PreparedCalls
-from .slab import Layer, Shape, Slab
+from .slab import Layer, Shape
+from .store import Store
 
 QUANTIZATIONS = (None, "int8")
 
@@ -71,29 +70,26 @@ class KVCache:
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be float64, float32, bfloat16 or float16: got {dtype}.")
         self._shape = Shape(kv_heads, dims, dtype, device, quantize is not None)
-        self._layers = [Layer(self._shape) for _ in range(layers)]
-        self.reset()
+        self._store = Store(layers, self._shape, self.comm.rank, self.comm.size, self._unit)
+        self._calls = PreparedCalls()
 
     def reset(self) -> None:
         """Forget everything and give the memory back."""
-        self._owners = Owners(self.comm.size, self._unit)  # of every sequence's positions
-        self._reordered = 0  # a digest of the orders since then
         self._calls = PreparedCalls()
-        for layer in self._layers:
-            layer.clear()
+        self._store.clear()
 
     def __len__(self) -> int:
         """The number of tokens that every layer holds, of the longest sequence."""
-        return min((layer.longest for layer in self._layers), default=0)
+        return min((layer.longest for layer in self._store.layers), default=0)
 
     def lengths(self, layer: int) -> Int[Tensor, " batch"]:
         """The number of tokens of each sequence in one layer; empty before its first token."""
-        return torch.tensor(self._layer(layer).lengths, dtype=torch.int64)
+        return torch.tensor(self._store.layer(layer).lengths, dtype=torch.int64)
 
     @property
     def bytes_held(self) -> int:
         """Bytes of this rank's storage, room to grow included."""
-        return sum(layer.nbytes for layer in self._layers)
+        return sum(layer.nbytes for layer in self._store.layers)
 
     def append(
         self,
@@ -114,29 +110,22 @@ class KVCache:
         Raises: ValueError for shapes that do not fit the cache; Mismatch where the ranks' calls differ (without
         `layout` only the next `attend` finds out); Unsupported for shards behind sequences of different lengths.
         """
-        shards = None if layout is None else self._agree_on_shards(layer, k, v, layout, lengths)
-        store = self._layer(layer)
-        if shards is None:
+
+        def describe() -> dict[str, Any]:
+            store = self._store.layer(layer)
             store.check(k, v)
-        new = k.shape[2] if shards is None else shards.length
-        start = store.lengths or (0,) * k.shape[0]
-        valid = (new,) * len(start) if lengths is None else _valid(lengths, len(start), new)
-        ends = tuple(map(operator.add, start, valid))
-        if shards is None:
-            self._owners.take_turns(max(ends))
+            shape = [*k.shape[:2], k.shape[3], v.shape[3]]
+            return {"layer": layer, "shape": shape, "cached": store.lengths, "lengths": listed("lengths", lengths)}
+
+        shards = None
+        if layout is None:
+            self._store.layer(layer).check(k, v)
         else:
-            self._owners.take_shards(start[0] if len(set(start)) == 1 else None, max(ends), shards)
-        for group in self._owners.held(self.comm.rank):
-            runs, slab = self._owners.runs(group, max(ends)), store.slab(group)
-            slab.reserve(len(start), len(runs))
-            for row, base, count in _rows(start, valid):
-                # Slots are in the order of positions: those of new tokens follow each other.
-                first, last = runs.below(torch.tensor([base, base + count])).tolist()
-                come: slice | Tensor = slice(last - first)
-                if layout is None and last - first < count:  # not all new tokens are the group's
-                    come = (runs.at(torch.arange(first, last)) - base).to(k.device)
-                slab.write(row, first, k[row, :, come], v[row, :, come])
-        store.lengths = ends
+            shards = _agree_on_shards(self.comm, describe, k, layout, self._unit)
+        store = self._store.layer(layer)
+        new, batch = k.shape[2] if shards is None else shards.length, len(store.lengths) or k.shape[0]
+        valid = (new,) * batch if lengths is None else _valid(lengths, batch, new)
+        self._store.append(store, k, v, valid, shards)
 
     def attend(
         self,
@@ -158,32 +147,23 @@ class KVCache:
         """
         given = {"causal": causal, "q_replicated": q_replicated, "layout": layout or "contiguous", **options}
         with mistakes_reach_all(self.comm):
-            store = self._layer(layer)
-            blocks = self._blocks(store, q)
+            store = self._store.layer(layer)
+            blocks = self._store.blocks(store, q.shape[0])
             call = self._call(store, q, blocks, given)
         state = call.attend(q, blocks, f"KVCache.attend in layer {layer}")
         return state if return_state else state.out.to(q.dtype)
 
-    def _blocks(self, store: Layer, q: Tensor) -> list[PlacedBlock]:
-        """The blocks of a layer that this rank computes with."""
-        owners, length, batch = self._owners, store.longest, q.shape[0]
-        blocks = []
-        for group in owners.owned(self.comm.rank):
-            block = store.slab(group).block(batch, len(owners.runs(group, length)))
-            blocks.append(PlacedBlock(block, owners.keys(group, length)))
-        return blocks or [PlacedBlock(Slab(store.shape).block(batch, 0))]
-
     def _call(self, store: Layer, q: Tensor, blocks: list[PlacedBlock], given: dict[str, Any]) -> PreparedCall:
         """The call but for its tensors, which is mostly what it was in the layer before."""
-        lengths, owners = store.lengths or (0,) * q.shape[0], self._owners
+        lengths, owners = store.lengths or (0,) * q.shape[0], self._store.owners
         inputs = (q, *(x for placed in blocks for x in placed.block.inputs))
         with_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        key = (owners.version, lengths, self._reordered, q.shape, q.dtype, q.device, with_gradients)
+        key = (owners.version, lengths, self._store.reordered, q.shape, q.dtype, q.device, with_gradients)
 
         def make() -> PreparedCall:
             sizes = Sizes.of(q, *blocks[0].block.tensors[:2], quantized=self._shape.quantized)
             arguments = Arguments(**given, reproducible=self._reproducible)
-            arguments = replace(arguments, lengths=lengths, reordered=self._reordered)
+            arguments = replace(arguments, lengths=lengths, reordered=self._store.reordered)
             placement = owners.placement(store.longest)
             return PreparedCall(self.comm, sizes, inputs, arguments, placement, store.shape.kind)
 
@@ -193,57 +173,29 @@ class KVCache:
         """Forget every sequence's tokens from position `length` on."""
         if whole("length", length) < 0:
             raise ValueError(f"length must be 0 or more: got {length}.")
-        for layer in self._layers:
-            layer.lengths = tuple(min(held, length) for held in layer.lengths)
-        self._forget_owners()
+        self._store.crop(length)
 
     def reorder(self, sequences: Indices) -> None:
         """Make sequence b of the batch what `sequences[b]` was; entries may repeat (beam search)."""
         order = indices_of("sequences", sequences)
-        batch = max((len(layer.lengths) for layer in self._layers), default=0)
+        batch = self._store.batch
         if order is None or order.ndim != 1 or not len(order) or not _all_in(order, 0, max(batch, 1) - 1):
             raise ValueError(
                 f"sequences must be numbers of the {batch} in the cache, one at least: got {sequences}."
             )
-        self._reordered = zlib.crc32(order.numpy().tobytes(), self._reordered)
-        for layer in self._layers:
-            layer.reorder(order)
-        self._forget_owners()
-
-    def _forget_owners(self) -> None:
-        """Positions that no sequence has any more may come to lie elsewhere."""
-        self._owners.crop(max((layer.longest for layer in self._layers), default=0))
-
-    def _layer(self, layer: int) -> Layer:
-        if not 0 <= layer < len(self._layers):
-            raise ValueError(f"layer must be one of the cache's {len(self._layers)}: got {layer}.")
-        return self._layers[layer]
-
-    def _agree_on_shards(
-        self, layer: int, k: Tensor, v: Tensor, layout: str | Layout, lengths: Indices | None
-    ) -> Placement:
-        def describe() -> dict[str, Any]:
-            self._layer(layer).check(k, v)
-            cached = self._layer(layer).lengths
-            shape = [*k.shape[:2], k.shape[3], v.shape[3]]
-            return {
-                "call": "append",
-                "layer": layer,
-                "shape": shape,
-                "layout": as_layout(layout).describe(),
-                "cached": cached,
-                "lengths": listed("lengths", lengths),
-            }
-
-        held = [length for _, length in agree_on(self.comm, describe, k, k)]
-        return as_layout(layout).of_lengths(held, "new tokens", self._unit)
+        self._store.reorder(order)
 
 
-def _rows(start: tuple[int, ...], valid: tuple[int, ...]) -> list[tuple[slice, int, int]]:
-    """The sequences written at once, the position of their first new token, and how many new tokens there are."""
-    if len(set(start)) == 1:
-        return [(slice(None), start[0], max(valid))]
-    return [(slice(b, b + 1), start[b], valid[b]) for b in range(len(start))]
+def _agree_on_shards(
+    comm: Communicator, describe_layer: Callable[[], dict[str, Any]], k: Tensor, layout: str | Layout, unit: int
+) -> Placement:
+    """Where the new tokens lie of which each rank has a shard, once all ranks have said the same of them."""
+
+    def describe() -> dict[str, Any]:
+        return {"call": "append", "layout": as_layout(layout).describe(), **describe_layer()}
+
+    counts = [length for _, length in agree_on(comm, describe, k, k)]
+    return as_layout(layout).of_lengths(counts, "new tokens", unit)
 
 
 def _valid(lengths: Indices, batch: int, new: int) -> tuple[int, ...]:

@@ -65,8 +65,9 @@ class Split:
     def gathered(self, heads: Sequence[slice], placement: Placement, rank: int) -> int:
         """How many (head, position) pairs a rank sends where each gathers its heads of the group's positions."""
         own = heads[self.place(rank)]
+        mine: int = own.stop - own.start
         every = self.problem.q_heads if heads is self.q_heads else self._kv_heads_of_all
-        return (every - (own.stop - own.start)) * placement.lengths[rank]
+        return (every - mine) * placement.lengths[rank]
 
     def scattered(self, heads: Sequence[slice], placement: Placement, rank: int) -> int:
         """How many (head, position) pairs a rank sends where each gets all heads of its positions back."""
