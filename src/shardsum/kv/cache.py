@@ -59,14 +59,12 @@ class KVCache:
         quantize: str | None = None,
         reproducible: bool = False,
     ) -> None:
-        if quantize not in QUANTIZATIONS:
-            raise Unsupported(f"quantize must be None or 'int8': got {quantize!r}.")
         self.comm = as_communicator(comm)
         self._reproducible, self._unit = reproducible, unit(reproducible)
         dims = (head_dim, head_dim if v_dim is None else v_dim)
-        for name, size in (("layers", layers), ("kv_heads", kv_heads), ("head_dim", dims[0]), ("v_dim", dims[1])):
-            if whole(name, size) < 1:
-                raise ValueError(f"{name} must be at least 1: got {size}.")
+        _check_sizes({"layers": layers, "kv_heads": kv_heads, "head_dim": dims[0], "v_dim": dims[1]})
+        if quantize not in QUANTIZATIONS:
+            raise Unsupported(f"quantize must be None or 'int8': got {quantize!r}.")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be float64, float32, bfloat16 or float16: got {dtype}.")
         self._shape = Shape(kv_heads, dims, dtype, device, quantize is not None)
@@ -177,13 +175,7 @@ class KVCache:
 
     def reorder(self, sequences: Indices) -> None:
         """Make sequence b of the batch what `sequences[b]` was; entries may repeat (beam search)."""
-        order = indices_of("sequences", sequences)
-        batch = self._store.batch
-        if order is None or order.ndim != 1 or not len(order) or not _all_in(order, 0, max(batch, 1) - 1):
-            raise ValueError(
-                f"sequences must be numbers of the {batch} in the cache, one at least: got {sequences}."
-            )
-        self._store.reorder(order)
+        self._store.reorder(_order(sequences, self._store.batch))
 
 
 def _agree_on_shards(
@@ -196,6 +188,19 @@ def _agree_on_shards(
 
     counts = [length for _, length in agree_on(comm, describe, k, k)]
     return as_layout(layout).of_lengths(counts, "new tokens", unit)
+
+
+def _check_sizes(sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        if whole(name, size) < 1:
+            raise ValueError(f"{name} must be at least 1: got {size}.")
+
+
+def _order(sequences: Indices, batch: int) -> Tensor:
+    order = indices_of("sequences", sequences)
+    if order is None or order.ndim != 1 or not len(order) or not _all_in(order, 0, max(batch, 1) - 1):
+        raise ValueError(f"sequences must be numbers of the {batch} in the cache, one at least: got {sequences}.")
+    return order
 
 
 def _valid(lengths: Indices, batch: int, new: int) -> tuple[int, ...]:
