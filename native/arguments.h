@@ -31,8 +31,8 @@ struct Attention {
     uint64_t seed;
     int64_t first_head;           // dropout counts heads from here
     const int64_t *rows, *keys;   // global indices, for dropout and ALiBi; null without these
-    const int64_t* own;           // each row's own position among the keys; own_batch as bounds_batch
-    int64_t own_batch;
+    const int64_t* diagonal;      // each row's own position among the keys; diagonal_batch as bounds_batch
+    int64_t diagonal_batch;
     int threads;
     int64_t segment;  // 0, or sums go along a tree of segments of so many keys, a multiple of 256
 };

@@ -96,9 +96,7 @@ def check_all(comm: Communicator) -> dict[str, Any]:
     sizes = [(2, Q_HEADS, Q_LEN, HEAD_DIM), (2, KV_HEADS, KV_LEN, HEAD_DIM), (2, KV_HEADS, KV_LEN, V_DIM)]
     whole = [torch.randn(size, generator=generator, dtype=torch.float64).to(device) for size in sizes]
     expected = {
-        mask: attention(
-            *whole, comm=connect("single"), kernel=kernels.ReferenceKernel(), return_state=True, **options
-        )
+        mask: attention(*whole, comm=connect("single"), kernel=kernels.definition(), return_state=True, **options)
         for mask, options in MASKS.items()
     }
     cases, errors = _cases(), []
