@@ -1,4 +1,5 @@
-// What the operations are told: pointers, sizes and strides, already checked by the caller (kernels/compiled.py).
+// What the operations are told: pointers, sizes and strides, by the names of these fields (kernels/compiled.py). Whoever
+// calls has checked them: shardsum.attention, shardsum.decode_paged, or the operators of torch (kernels/operators.py).
 #pragma once
 
 #include <cstdint>

@@ -48,8 +48,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         ),
         _MENDED_SOON,
     ),
-    "broad_functions": dict.fromkeys(("kernels/aten.py", "kernels/compiled.py", "kernels/cuda.py"), _MENDED_SOON),
-    "long_tuples": dict.fromkeys(("kernels/native.py",), _MENDED_SOON),
     "leaning_docstrings": dict.fromkeys(
         (
             "collectives/base.py",
@@ -77,7 +75,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "cli/doctor.py:examine": _OF_A_REPORT,
         "cli/comparison.py": _OF_A_REPORT,
         "cli/generation.py": _OF_A_REPORT,
-        "kernels/operators.py:dense_forward": "whether the sum goes along the fixed tree",
     }
     | dict.fromkeys(
         (

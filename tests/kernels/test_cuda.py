@@ -131,5 +131,11 @@ def test_the_operators_take_these_arguments(bias: bool) -> None:
     assert (out.shape, lse.shape) == (d_out.shape, (2, 6, 33))
     found = cuda.backward(q, k, v, Masking(mask, False, 0.5), Outputs(d_out, out, lse))
     assert [x.shape for x in found] == [q.shape, k.shape, v.shape]
-    with pytest.raises(Unsupported, match="no float64 on CUDA"):
-        cuda.forward(q.double(), k.double(), v.double(), Masking(None, False, 0.5))
+
+
+def test_float64_is_refused() -> None:
+    """By the kernel, on any device but the CPU."""
+    q = torch.zeros(1, 1, 1, 8, dtype=torch.float64, device="meta")
+    bounds = torch.zeros(1, 1).long()
+    with pytest.raises(Unsupported, match=r"no float64 on meta\. Use kernel=.*'eager' or 'reference'"):
+        AtenKernel().forward(q, Dense(q, q), Bounds(bounds, bounds + 1), Scores(1.0))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..blocks import Block, Dense
+from ..errors import Unsupported
 from ..masks import Bounds
 from ..problem import state_dtype
 from ..scores import Scores
@@ -18,6 +19,7 @@ from .base import Gradients, Kernel, Leaf, OutputGradient, Queries
 from .fused import Masking, Outputs
 from .rectangles import Piece, pieces
 from .reference import EagerKernel, ReferenceKernel
+from .registry import use_another
 
 # Half-precision keys and values are converted this many elements at a time, so that the float32 copies stay in
 # cache: 2^19 (2 MB each) is within 3 % of the best of 2^18 .. 2^20, and 2^21 and above are 1.6 to 2.4 times
@@ -37,12 +39,13 @@ class AtenKernel(Kernel):
     group folded into the query length: keys and values are read once, not once for each query head.
     """
 
-    name = cuda.NAME
+    name = "aten"
 
     def _forward(self, q: Queries, block: Block, bounds: Bounds, scores: Scores) -> AttentionState:
         assert isinstance(block, Dense)
         if not _for_operator(scores):
             return EagerKernel().forward(q, block, bounds, scores)
+        self._check_dtype(q)
         state = _forward(q, block, bounds, scores.scale)
         if state.is_finite():
             return state
@@ -62,12 +65,18 @@ class AtenKernel(Kernel):
         out = _as_operator_takes(gradient)
         if not _for_operator(scores) or out is None:
             return EagerKernel().backward(q, block, bounds, scores, gradient)
+        self._check_dtype(q)
         # A row that sees no key has lse -inf; with +inf all its weights are 0.
         lse = gradient.lse.masked_fill(gradient.lse == -torch.inf, torch.inf)
         found = _backward(q, block, bounds, scores.scale, Outputs(gradient.out, out, lse))
         if all(map(all_finite, found)):
             return Gradients(*found)
         return EagerKernel().backward(q, block, bounds, scores, gradient)
+
+    def _check_dtype(self, q: Tensor) -> None:
+        if q.device.type != "cpu" and q.dtype == torch.float64:
+            others = use_another(q.device, but=self.name)
+            raise Unsupported(f"the {self.name} kernel has no float64 on {q.device}. {others}")
 
     def _forward_tree(self, q: Queries, block: Dense, bounds: Bounds, scores: Scores) -> AttentionState:
         return EagerKernel().forward_tree(q, block, bounds, scores)

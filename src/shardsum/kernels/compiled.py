@@ -17,7 +17,6 @@ from ..scores import Scores
 from .base import Dims, Gradients, OutputGradient
 from .registry import use_another
 
-NAME = "native"
 LARGEST_DIM = 512
 # Up to so many rows for each KV head, decode is faster than prefill.
 DECODE_ROWS = 16
@@ -47,7 +46,7 @@ def check_device(q: Tensor, dims: Dims) -> None:
     """Refuse tensors that the native kernels don't take."""
     wrong = why_not_native(q.device, dims)
     if wrong is not None:
-        raise Unsupported(f"{wrong} {use_another(NAME, q.device, dims)}")
+        raise Unsupported(f"{wrong} {use_another(q.device, dims)}")
 
 
 class Operation(NamedTuple):

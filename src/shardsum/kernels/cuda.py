@@ -11,18 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import Unsupported
 from .fused import Masking, Outputs
-from .registry import use_another
 
-NAME = "aten"
 WIDTH = 8  # dims, and columns of a bias, are padded to a multiple of so many elements
 LSE_ROWS = 32
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
     """(out, lse) of one operator call."""
-    _check(q)
     q_len, v_dim = q.shape[2], v.shape[3]
     q, k, v = _aligned(q, _for_each_head(k, q), _for_each_head(v, q))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -33,7 +29,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, masking: Masking) -> tuple[Tensor, 
 
 def backward(q: Tensor, k: Tensor, v: Tensor, masking: Masking, outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v of one operator call. A row whose lse is +inf has no weights."""
-    _check(q)
     kv_shape, head_dim, v_dim = k.shape[:3], q.shape[3], v.shape[3]
     d_out, out, lse = outputs
     d_out, q_, k_, v_, out = _aligned(d_out, q, _for_each_head(k, q), _for_each_head(v, q), out)
@@ -59,11 +54,6 @@ def backward(q: Tensor, k: Tensor, v: Tensor, masking: Masking, outputs: Outputs
     # The heads of a group share their keys and values.
     d_k, d_v = (x.reshape(kv_shape[0], kv_shape[1], -1, *x.shape[2:]).sum(dim=2) for x in (d_k, d_v))
     return d_q[..., :head_dim], d_k[..., :head_dim], d_v[..., :v_dim]
-
-
-def _check(q: Tensor) -> None:
-    if q.dtype == torch.float64:
-        raise Unsupported(f"the {NAME} kernel has no float64 on CUDA. Use float32. {use_another(NAME, q.device)}")
 
 
 def _for_each_head(x: Tensor, q: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from ..scores import Scores
 from ..state import AttentionState
 from ..tree import SEGMENT
 from .base import Dims, Gradients, Kernel, Leaf, OutputGradient, Queries
-from .compiled import NAME, Operation, backward, check_device, few_rows, forward, why_not_native
+from .compiled import Operation, backward, check_device, few_rows, forward, why_not_native
 from .reference import EagerKernel
 from .registry import use_another
 
@@ -33,12 +33,12 @@ class NativeKernel(Kernel):
     not have, and for tensors that are not on the CPU.
     """
 
-    name = NAME
+    name = "native"
 
     def __init__(self, instruction_set: str | None = None) -> None:
         missing = why_not_native()
         if missing is not None:
-            raise Unsupported(f"{missing} {use_another(self.name)}")
+            raise Unsupported(f"{missing} {use_another()}")
         available = instruction_sets()
         if instruction_set not in (None, *available):
             raise Unsupported(f"this machine runs {', '.join(available)}: got {instruction_set!r}.")

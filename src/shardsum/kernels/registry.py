@@ -19,7 +19,7 @@ def definition() -> Kernel:
     return next(kernel for kernel in KERNELS.values() if kernel.definition)()
 
 
-def use_another(name: str, device: torch.device | None = None, dims: Dims = ()) -> str:
-    """Return the sentence that names the kernels to use where the one of this name can't be used."""
-    *others, last = (repr(other) for other in available(device, dims) if other != name)
+def use_another(device: torch.device | None = None, dims: Dims = (), *, but: str | None = None) -> str:
+    """Return the sentence that names the kernels to use instead of the one that refuses (`but`)."""
+    *others, last = (repr(name) for name in available(device, dims) if name != but)
     return f"Use kernel={', '.join(others)} or {last}." if others else f"Use kernel={last}."
