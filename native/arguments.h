@@ -1,4 +1,5 @@
-// What the operations are told: pointers, sizes and strides, already checked by the caller (kernels/compiled.py).
+// What the operations are told: pointers, sizes and strides, by the names of these fields (kernels/compiled.py). Whoever
+// calls has checked them: shardsum.attention, shardsum.decode_paged, or the operators of torch (kernels/operators.py).
 #pragma once
 
 #include <cstdint>
@@ -31,8 +32,8 @@ struct Attention {
     uint64_t seed;
     int64_t first_head;           // dropout counts heads from here
     const int64_t *rows, *keys;   // global indices, for dropout and ALiBi; null without these
-    const int64_t* own;           // each row's own position among the keys; own_batch as bounds_batch
-    int64_t own_batch;
+    const int64_t* diagonal;      // each row's own position among the keys; diagonal_batch as bounds_batch
+    int64_t diagonal_batch;
     int threads;
     int64_t segment;  // 0, or sums go along a tree of segments of so many keys, a multiple of 256
 };

@@ -81,7 +81,7 @@ private:
                 store_vector(derivative + r, by_x);
             }
             for (int64_t r = 0; r < ROWS && a.alibi_slopes != nullptr; r++)
-                s[r] -= tile.slopes[r] * T(std::abs(tile.own[r] - a.keys[index]));
+                s[r] -= tile.slopes[r] * T(std::abs(tile.diagonal[r] - a.keys[index]));
             for (int64_t r = 0; r < ROWS; r++)
                 kept_weight[r] = a.dropout_p == 0 ? T(1) : T(kept(a, tile.words[r], index));
         }

@@ -138,7 +138,7 @@ template <typename E> struct TileOfQueries {
     P *rows, *q_columns, *q_panels, *d_out_columns, *d_out_panels;  // `rows`: on the way to the other forms
     T *lse, *delta, *d_q, *slopes;  // lse in base 2; d_q transposed
     Integer<T> *lo, *hi;            // counted from the chunk's first key
-    int64_t* own;
+    int64_t* diagonal;
     uint64_t* words;                // of dropout
 
     explicit TileOfQueries(const Backward& a) : a(a), head(a.head_dim), value(a.v_dim) {}
@@ -152,7 +152,7 @@ template <typename E> struct TileOfQueries {
         places.take(d_q, ROWS * rows_of_d_q());
         for (T** piece : {&lse, &delta, &slopes}) places.take(*piece, ROWS);
         for (Integer<T>** piece : {&lo, &hi}) places.take(*piece, ROWS);
-        places.take(own, ROWS);
+        places.take(diagonal, ROWS);
         places.take(words, ROWS);
     }
     int64_t rows_of_d_q() const { return padded(a.head_dim, std::max(int64_t(ROW_STEP<P>), int64_t(lanes<T>))); }
@@ -188,7 +188,7 @@ template <typename E> struct TileOfQueries {
 private:
     // A row's numbers; one behind the last sees nothing.
     void describe(int64_t r, int64_t first_key, int64_t keys) {
-        lo[r] = hi[r] = 0, lse[r] = INFINITY, delta[r] = slopes[r] = 0, own[r] = 0, words[r] = 0;
+        lo[r] = hi[r] = 0, lse[r] = INFINITY, delta[r] = slopes[r] = 0, diagonal[r] = 0, words[r] = 0;
         if (r >= size) return;
         Seen s = seen(a, sequence, position(r), first_key, keys);
         if (s.begin < s.end) lo[r] = s.begin, hi[r] = s.end;
@@ -197,7 +197,7 @@ private:
         delta[r] = static_cast<const T*>(a.delta)[at(r)];
         if (a.alibi_slopes != nullptr) {
             slopes[r] = T(LOG2_E) * T(a.alibi_slopes[q_head(r)]);
-            own[r] = a.own[sequence * a.own_batch + position(r)];
+            diagonal[r] = a.diagonal[sequence * a.diagonal_batch + position(r)];
         }
         if (a.dropout_p != 0) words[r] = dropout_word(a, sequence, q_head(r), position(r));
     }

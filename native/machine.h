@@ -1,12 +1,19 @@
 // Which instruction sets the operations are compiled for, the best first, and whether this machine has them.
 #pragma once
 
+#if defined(SHARDSUM_ONLY)  // -DSHARDSUM_ISA=... of CMakeLists.txt: this one alone
+#define SHARDSUM_DO(DO, isa) DO(isa)  // the argument of a macro is expanded, but not where that macro makes a string of it
+#define SHARDSUM_EACH_ISA(DO) SHARDSUM_DO(DO, SHARDSUM_ONLY)
+#elif defined(__x86_64__)
+#define SHARDSUM_EACH_ISA(DO) DO(amx) DO(avx512_bf16) DO(avx512) DO(avx2) DO(portable)
+#else
+#define SHARDSUM_EACH_ISA(DO) DO(portable)
+#endif
+
 #if defined(__x86_64__)
 
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#define SHARDSUM_EACH_ISA(DO) DO(amx) DO(avx512_bf16) DO(avx512) DO(avx2) DO(portable)
 
 namespace runs_here {
 
@@ -30,8 +37,6 @@ inline bool amx() {
 }  // namespace runs_here
 
 #else
-
-#define SHARDSUM_EACH_ISA(DO) DO(portable)
 
 namespace runs_here {
 inline bool portable() { return true; }

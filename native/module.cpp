@@ -26,7 +26,7 @@ struct InstructionSet {
 #define ROW(isa) {#isa, runs_here::isa, &isa::kernels},
 const InstructionSet instruction_sets[] = {SHARDSUM_EACH_ISA(ROW)};
 
-std::vector<std::string> that_run_here() {
+std::vector<std::string> available() {
     std::vector<std::string> names;
     for (const InstructionSet& set : instruction_sets)
         if (set.runs_here()) names.push_back(set.name);
@@ -34,7 +34,7 @@ std::vector<std::string> that_run_here() {
 }
 
 const Kernels& kernels_of(const std::string& isa) {
-    static const std::vector<std::string> here = that_run_here();
+    static const std::vector<std::string> here = available();
     for (const InstructionSet& set : instruction_sets)
         if (isa == set.name && std::find(here.begin(), here.end(), isa) != here.end()) return *set.kernels;
     throw nb::value_error(("instruction set " + isa + " does not run on this machine").c_str());
@@ -45,68 +45,68 @@ constexpr int64_t released_from = 1 << 16;
 
 template <typename T> T* pointer(intptr_t address) { return reinterpret_cast<T*>(address); }
 
-// What kernels/compiled.py hands over: addresses and strides, checked there.
-using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
-using Strided = std::tuple<intptr_t, int64_t, int64_t, int64_t>;
-using Bounds = std::tuple<intptr_t, intptr_t, int64_t>;
-using Scores = std::tuple<double, double, intptr_t, double, uint64_t, int64_t, intptr_t, intptr_t, intptr_t, int64_t>;
+// How Python gives a field of arguments.h: a pointer as an address, a type as its number, a tensor as its address and its
+// three strides, anything else as it is.
+template <typename T> struct Given {
+    using Type = T;
+    static T to(Type x) { return x; }
+    static Type from(T x) { return x; }
+};
+template <typename T> struct Given<T*> {
+    using Type = intptr_t;
+    static T* to(Type x) { return pointer<T>(x); }
+    static Type from(T* x) { return reinterpret_cast<intptr_t>(x); }
+};
+template <> struct Given<::Type> {
+    using Type = int;
+    static ::Type to(Type x) { return ::Type(x); }
+    static Type from(::Type x) { return int(x); }
+};
+template <> struct Given<Tensor> {
+    using Type = std::tuple<intptr_t, int64_t, int64_t, int64_t>;
+    static Tensor to(const Type& x) {
+        return {pointer<const void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)};
+    }
+    static Type from(const Tensor& x) { return {reinterpret_cast<intptr_t>(x.data), x.batch, x.head, x.row}; }
+};
 
-using Table = std::tuple<intptr_t, int64_t, int64_t>;
-using Storage = std::tuple<Strided, Strided, Table>;  // scales of keys and of values, pages; addresses are 0 without
-using Gradient = std::tuple<intptr_t, intptr_t, intptr_t>;
+template <typename S, typename T> struct Field {
+    const char* name;
+    T S::*member;
+};
 
-Tensor tensor(const Strided& t) {
-    return {pointer<const void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
-}
-
-Attention attention(int type, const Sizes& sizes, const Strided& q, const Strided& k, const Strided& v,
-                    const Storage& storage, const Bounds& bounds, const Scores& scores, int threads, int64_t segment) {
-    Attention a{};
-    a.type = Type(type);
-    std::tie(a.batch, a.q_heads, a.kv_heads, a.q_len, a.kv_len, a.head_dim, a.v_dim) = sizes;
-    a.q = tensor(q), a.k = tensor(k), a.v = tensor(v);
-    a.k_scales = tensor(std::get<0>(storage)), a.v_scales = tensor(std::get<1>(storage));
-    intptr_t pages;
-    std::tie(pages, a.pages_batch, a.page_len) = std::get<2>(storage);
-    a.pages = pointer<const int64_t>(pages);
-    a.lo = pointer<const int64_t>(std::get<0>(bounds)), a.hi = pointer<const int64_t>(std::get<1>(bounds));
-    a.bounds_batch = std::get<2>(bounds);
-    intptr_t slopes, rows, keys, own;
-    std::tie(a.scale, a.softcap, slopes, a.dropout_p, a.seed, a.first_head, rows, keys, own, a.own_batch) = scores;
-    a.alibi_slopes = pointer<const double>(slopes);
-    a.rows = pointer<const int64_t>(rows), a.keys = pointer<const int64_t>(keys), a.own = pointer<const int64_t>(own);
-    a.threads = threads, a.segment = segment;
-    return a;
+// A class of Python that is made from its fields by their names, all of them, and shows them.
+template <typename S, typename... T> void bind(nb::module_& m, const char* name, Field<S, T>... fields) {
+    nb::class_<S> bound(m, name);
+    bound.def("__init__", [fields...](S* self, typename Given<T>::Type... values) {
+        new (self) S{};
+        ((self->*(fields.member) = Given<T>::to(values)), ...);
+    }, nb::kw_only(), nb::arg(fields.name)...);
+    (bound.def_prop_ro(fields.name, [fields](const S& self) { return Given<T>::from(self.*(fields.member)); }), ...);
 }
 
 // A function of Python for an operation that makes a state.
 template <void (*Kernels::*OPERATION)(const Forward&)>
-void forward(const std::string& isa, int type, const Sizes& sizes, const Strided& q, const Strided& k,
-             const Strided& v, const Storage& storage, const Bounds& bounds, const Scores& scores, int threads,
-             int64_t segment, intptr_t out, intptr_t lse) {
+void forward(const std::string& isa, const Attention& attention, intptr_t out, intptr_t lse) {
     const Kernels& kernels = kernels_of(isa);
-    Forward a{attention(type, sizes, q, k, v, storage, bounds, scores, threads, segment), pointer<void>(out),
-              pointer<void>(lse)};
+    Forward a{attention, pointer<void>(out), pointer<void>(lse)};
     nb::gil_scoped_release release;
     (kernels.*OPERATION)(a);
 }
 
-void backward(const std::string& isa, int type, const Sizes& sizes, const Strided& q, const Strided& k,
-              const Strided& v, const Storage& storage, const Bounds& bounds, const Scores& scores, int threads,
-              int64_t segment, const Gradient& given, const Gradient& found) {
+void backward(const std::string& isa, const Attention& attention, intptr_t d_out, intptr_t lse, intptr_t delta,
+              intptr_t d_q, intptr_t d_k, intptr_t d_v) {
     const Kernels& kernels = kernels_of(isa);
-    Backward a{attention(type, sizes, q, k, v, storage, bounds, scores, threads, segment)};
-    auto [d_out, lse, delta] = given;
-    auto [d_q, d_k, d_v] = found;
+    Backward a{attention};
     a.d_out = pointer<const void>(d_out), a.lse = pointer<const void>(lse), a.delta = pointer<const void>(delta);
     a.d_q = pointer<void>(d_q), a.d_k = pointer<void>(d_k), a.d_v = pointer<void>(d_v);
     nb::gil_scoped_release release;
-    (segment == 0 ? kernels.backward : kernels.backward_tree)(a);
+    (a.segment == 0 ? kernels.backward : kernels.backward_tree)(a);
 }
 
 // Without an argument for the instruction set, the best is meant: a merge of a few rows takes less than finding it.
 void merge(const Merge& m) {
-    static const Kernels& best = kernels_of(that_run_here().front());
+    static const Kernels& best = kernels_of(available().front());
     if (m.rows * m.width < released_from) return best.merge(m);
     nb::gil_scoped_release release;
     best.merge(m);
@@ -148,11 +148,18 @@ double multiply_add(const std::string& isa, bool of_bfloat16, int64_t rounds, in
 }  // namespace
 
 NB_MODULE(_native, m) {
-    m.def("instruction_sets", that_run_here, "The instruction sets that run on this machine, the best first.");
+    m.def("instruction_sets", available, "The instruction sets that run on this machine, the best first.");
+#define FIELD(name) Field<Attention, decltype(Attention::name)>{#name, &Attention::name}
+    bind(m, "Attention", FIELD(type), FIELD(batch), FIELD(q_heads), FIELD(kv_heads), FIELD(q_len), FIELD(kv_len),
+         FIELD(head_dim), FIELD(v_dim), FIELD(q), FIELD(k), FIELD(v), FIELD(k_scales), FIELD(v_scales), FIELD(pages),
+         FIELD(pages_batch), FIELD(page_len), FIELD(lo), FIELD(hi), FIELD(bounds_batch), FIELD(scale), FIELD(softcap),
+         FIELD(alibi_slopes), FIELD(dropout_p), FIELD(seed), FIELD(first_head), FIELD(rows), FIELD(keys),
+         FIELD(diagonal), FIELD(diagonal_batch), FIELD(threads), FIELD(segment));
     m.def("prefill", forward<&Kernels::prefill>);
     m.def("decode", forward<&Kernels::decode>);
     m.def("tree", forward<&Kernels::tree>);
-    m.def("backward", backward);
+    m.def("backward", backward, nb::arg("isa"), nb::arg("attention"), nb::kw_only(), nb::arg("d_out"), nb::arg("lse"),
+          nb::arg("delta"), nb::arg("d_q"), nb::arg("d_k"), nb::arg("d_v"));
     m.def("merge", merge_packed);
     m.def("merge_apart", merge_apart);
     m.def("pack", pack<true>);

@@ -60,9 +60,9 @@ inline void finish_scores(const Attention& a, int64_t sequence, int64_t head, in
     if (a.softcap != 0)
         for (int64_t j = 0; j < size; j += lanes<T>) store_vector(s + j, tanh_of<T>(load(s + j)) * T(a.softcap * LOG2_E));
     if (a.alibi_slopes != nullptr) {
-        int64_t own = a.own[sequence * a.own_batch + row];
+        int64_t diagonal = a.diagonal[sequence * a.diagonal_batch + row];
         for (int64_t j = 0; j < size; j++)
-            s[j] -= T(LOG2_E) * T(a.alibi_slopes[head]) * T(std::abs(own - a.keys[first + j]));
+            s[j] -= T(LOG2_E) * T(a.alibi_slopes[head]) * T(std::abs(diagonal - a.keys[first + j]));
     }
 }
 

@@ -37,25 +37,11 @@ _OF_A_REPORT = "how many threads a process has, in a report"
 _OF_A_JOB = "how many threads a rank has, or that it is one"
 _MENDED_SOON = "to be mended"
 EXCEPTIONS: dict[str, dict[str, str]] = {
-    "long_classes": dict.fromkeys(
-        (),
-        _MENDED_SOON,
-    ),
-    "broad_functions": dict.fromkeys(("kernels/aten.py", "kernels/compiled.py", "kernels/cuda.py"), _MENDED_SOON),
-    "long_tuples": dict.fromkeys(("kernels/native.py",), _MENDED_SOON),
-    "leaning_docstrings": dict.fromkeys(
-        (
-            "kernels/along_tree.py",
-            "kernels/reference.py",
-        ),
-        _MENDED_SOON,
-    ),
     "names_outside_registries": {
         "bench/timing.py:machine": _OF_A_REPORT,
         "cli/comparison.py": _OF_A_REPORT,
         "cli/doctor.py:examine": "what each transport lacks here is said in words of its own",
         "cli/generation.py": _OF_A_REPORT,
-        "kernels/operators.py:dense_forward": "whether the sum goes along the fixed tree",
     },
 }
 

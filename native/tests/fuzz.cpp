@@ -104,7 +104,7 @@ private:
     Attention a{};
     int64_t segment = 0;
     std::unique_ptr<Held> q, k, v;
-    std::vector<int64_t> lo, hi, rows, keys, own, table;
+    std::vector<int64_t> lo, hi, rows, keys, diagonal, table;
     std::vector<double> slopes;
     Compared outs, lses, gradients[3];  // of q, k, v
     std::vector<double> d_out, delta;
@@ -143,9 +143,9 @@ private:
         }
         a.dropout_p = random() % 5 ? 0.0 : 0.3;
         a.seed = random(), a.first_head = int64_t(random() % 3);
-        for (int64_t i = 0; i < a.q_len; i++) rows.push_back(7 * i), own.push_back(3 * i);
+        for (int64_t i = 0; i < a.q_len; i++) rows.push_back(7 * i), diagonal.push_back(3 * i);
         for (int64_t j = 0; j < a.kv_len; j++) keys.push_back(2 * j + 1);
-        a.rows = rows.data(), a.keys = keys.data(), a.own = own.data(), a.own_batch = 0;
+        a.rows = rows.data(), a.keys = keys.data(), a.diagonal = diagonal.data(), a.diagonal_batch = 0;
     }
 
     bool sees(int64_t b, int64_t i, int64_t j) const {
@@ -179,7 +179,7 @@ private:
     double score(int64_t h, int64_t i, int64_t j, double product) const {
         double s = a.scale * product;
         if (a.softcap != 0) s = a.softcap * std::tanh(s / a.softcap);
-        if (a.alibi_slopes != nullptr) s -= slopes[h] * double(std::abs(own[i] - keys[j]));
+        if (a.alibi_slopes != nullptr) s -= slopes[h] * double(std::abs(diagonal[i] - keys[j]));
         return s;
     }
 

@@ -99,7 +99,8 @@ class Dense(Block):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return (self.k.shape[1], self.k.shape[2], self.k.shape[3], self.v.shape[3])
+        _, kv_heads, kv_len, head_dim = self.k.shape
+        return (kv_heads, kv_len, head_dim, self.v.shape[3])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -131,8 +132,8 @@ class Int8(Block):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        k, v = self.k.numbers, self.v.numbers
-        return (k.shape[1], k.shape[2], k.shape[3], v.shape[3])
+        _, kv_heads, kv_len, head_dim = self.k.numbers.shape
+        return (kv_heads, kv_len, head_dim, self.v.numbers.shape[3])
 
     @property
     def dtype(self) -> torch.dtype:

@@ -25,6 +25,7 @@ class Scores:
     Shapes: alibi_slopes (q_heads,); bias (batch or 1, q_heads or 1, rows, keys).
     `sequence`, `head`, `rows`, `keys`, `diagonal`: the first sequence and head, global query and key indices, and
     each row's own position among the keys (batch or 1, rows), of a localized one.
+    Raises: ValueError for a softcap that is not above 0, and a dropout_p that is no probability below 1.
     """
 
     scale: float
@@ -38,6 +39,12 @@ class Scores:
     rows: Int[Tensor, " rows"] | None = None
     keys: Int[Tensor, " keys"] | None = None
     diagonal: Int[Tensor, "batch_or_1 rows"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.softcap is not None and not self.softcap > 0.0:
+            raise ValueError(f"softcap must be above 0, or None: got {self.softcap}.")
+        if not 0.0 <= self.dropout_p < 1.0:
+            raise ValueError(f"dropout_p must be at least 0 and below 1: got {self.dropout_p}.")
 
     @property
     def plain(self) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from shardsum.blocks import Dense
 from shardsum.errors import Unsupported
 from shardsum.kernels import AtenKernel, OutputGradient, aten, cuda
+from shardsum.kernels.fused import Masking, Outputs
 from shardsum.masks import Bounds
 from shardsum.scores import Scores
 
@@ -126,9 +127,15 @@ def test_the_operators_take_these_arguments(bias: bool) -> None:
     q, k = torch.empty(2, 6, 33, 13, device="meta"), torch.empty(2, 2, 41, 13, device="meta")
     v, d_out = torch.empty(2, 2, 41, 5, device="meta"), torch.empty(2, 6, 33, 5, device="meta")
     mask = torch.empty(33, 41, device="meta") if bias else None
-    out, lse = cuda.forward(q, k, v, mask, False, 0.5)
+    out, lse = cuda.forward(q, k, v, Masking(mask, False, 0.5))
     assert (out.shape, lse.shape) == (d_out.shape, (2, 6, 33))
-    found = cuda.backward(q, k, v, mask, False, 0.5, d_out, out, lse)
+    found = cuda.backward(q, k, v, Masking(mask, False, 0.5), Outputs(d_out, out, lse))
     assert [x.shape for x in found] == [q.shape, k.shape, v.shape]
-    with pytest.raises(Unsupported, match="no float64 on CUDA"):
-        cuda.forward(q.double(), k.double(), v.double(), None, False, 0.5)
+
+
+def test_float64_is_refused() -> None:
+    """By the kernel, on any device but the CPU."""
+    q = torch.zeros(1, 1, 1, 8, dtype=torch.float64, device="meta")
+    bounds = torch.zeros(1, 1).long()
+    with pytest.raises(Unsupported, match=r"no float64 on meta\. Use kernel=.*'eager' or 'reference'"):
+        AtenKernel().forward(q, Dense(q, q), Bounds(bounds, bounds + 1), Scores(1.0))

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from shardsum.blocks import Dense, Int8, Paged
 from shardsum.errors import Unsupported
-from shardsum.kernels.compiled import LARGEST_DIM, Options, call
+from shardsum.extension import TYPES, native_module
+from shardsum.kernels.compiled import LARGEST_DIM, describe
 from shardsum.kernels.operators import attention_backward, attention_forward
-from shardsum.problem import Problem
+from shardsum.masks import Bounds
+from shardsum.quantized import Quantized
 from shardsum.scores import Scores
 
 from .. import dense
@@ -117,8 +120,80 @@ def test_views_of_any_order_are_read_where_they_lie(heads_last: bool, length: in
     whole = torch.randn(*shape)[..., 3:11]
     q = k = v = whole.transpose(1, 2) if heads_last else whole
     bounds = torch.zeros(1, length).long()
-    told, _ = call(Problem.of(q, k, v), q, k, v, bounds, bounds + 1, Options(1.0))
-    assert told[3:6] == ((q.data_ptr(), *q.stride()[:3]),) * 3
+    attention, _ = describe(q, Dense(k, v), Bounds(bounds, bounds + 1), Scores(1.0))
+    assert attention.q == attention.k == attention.v == (q.data_ptr(), *q.stride()[:3])
+
+
+def fields_of(attention: Any) -> dict[str, Any]:
+    return {name: getattr(attention, name) for name in dir(attention) if not name.startswith("_")}
+
+
+def place(x: Tensor) -> tuple[int, ...]:
+    return (x.data_ptr(), *x.stride()[:3])
+
+
+def test_every_field_arrives_under_its_name() -> None:
+    """Each has a value that no other field of its type has, so that two swapped ones are seen."""
+    q, rows, keys, diagonal = torch.zeros(2, 6, 5, 8), torch.arange(5), torch.arange(7), torch.zeros(2, 5).long()
+    k, v = (Quantized(torch.zeros(2, 3, 7, dim, dtype=torch.int8), torch.zeros(2, 3, 7)) for dim in (8, 9))
+    lo, hi, slopes = torch.zeros(1, 5).long(), torch.zeros(1, 5).long(), torch.zeros(6).double()
+    scores = Scores(
+        0.25,
+        softcap=2.0,
+        alibi_slopes=slopes,
+        dropout_p=0.5,
+        seed=-11,
+        head=13,
+        rows=rows,
+        keys=keys,
+        diagonal=diagonal,
+    )
+    attention, _ = describe(q, Int8(k, v), Bounds(lo, hi), scores, 256)
+    expected = {
+        "type": TYPES[torch.int8],
+        "batch": 2, "q_heads": 6, "kv_heads": 3, "q_len": 5, "kv_len": 7, "head_dim": 8, "v_dim": 9,
+        "q": place(q), "k": place(k.numbers), "v": place(v.numbers),
+        "k_scales": place(k.scales), "v_scales": place(v.scales),
+        "pages": 0, "pages_batch": 0, "page_len": 0,
+        "lo": lo.data_ptr(), "hi": hi.data_ptr(), "bounds_batch": 0,
+        "scale": 0.25, "softcap": 2.0, "alibi_slopes": slopes.data_ptr(),
+        "dropout_p": 0.5, "seed": (1 << 64) - 11, "first_head": 13,
+        "rows": rows.data_ptr(), "keys": keys.data_ptr(), "diagonal": diagonal.data_ptr(), "diagonal_batch": 5,
+        "threads": torch.get_num_threads(), "segment": 256,
+    }  # fmt: skip
+    assert fields_of(attention) == expected
+
+
+def test_pages_and_an_interval_of_each_sequence_arrive_under_their_names() -> None:
+    q, k, v = torch.zeros(2, 6, 1, 8), torch.zeros(9, 3, 4, 8), torch.zeros(9, 3, 4, 5)
+    table, bounds = torch.zeros(2, 3).long(), torch.zeros(2, 1).long()
+    attention, _ = describe(q, Paged(k, v, table), Bounds(bounds, bounds), Scores(1.0))
+    fields = fields_of(attention)
+    assert fields["pages"] == table.data_ptr()
+    assert [fields[name] for name in ("pages_batch", "page_len", "kv_len", "bounds_batch")] == [3, 4, 12, 1]
+    assert [fields[name] for name in ("k", "v", "k_scales")] == [place(k), place(v), (0, 0, 0, 0)]
+
+
+def a_value_of_its_own_for_each() -> dict[str, Any]:
+    """Return a value of its own for every field, by its type in C++."""
+    q = torch.zeros(1, 1, 1, 1)
+    bounds = torch.zeros(1, 1).long()
+    attention, _ = describe(q, Dense(q, q), Bounds(bounds, bounds), Scores(1.0))
+    return {
+        name: (n, n, n, n) if isinstance(value, tuple) else type(value)(n)
+        for n, (name, value) in enumerate(fields_of(attention).items(), start=1)
+    }
+
+
+def test_a_field_left_out_or_unknown_is_refused() -> None:
+    values = {name: value for name, value in a_value_of_its_own_for_each().items() if name != "type"}
+    new = native_module().Attention
+    assert fields_of(new(type=1, **values)) == {"type": 1, **values}
+    for wrong in ({"batch": 1}, {"type": 1, **values, "own": 0}):
+        with pytest.raises(TypeError):
+            new(**wrong)
+    with pytest.raises(TypeError):
+        new(1, *values.values())
 
 
 def test_on_meta_only_shapes_are_made() -> None:

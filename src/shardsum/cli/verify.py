@@ -98,9 +98,7 @@ def check_all(comm: Communicator) -> dict[str, Any]:
     """The largest error of each strategy and layout over all ranks, and which cases were wrong."""
     *whole, _ = random_tensors(SIZES._replace(dtype=torch.float64), comm.device)
     expected = {
-        mask: attention(
-            *whole, comm=connect("single"), kernel=kernels.ReferenceKernel(), return_state=True, **options
-        )
+        mask: attention(*whole, comm=connect("single"), kernel=kernels.definition(), return_state=True, **options)
         for mask, options in MASKS.items()
     }
     products = itertools.product(STRATEGIES, LAYOUTS, MASKS, _kernels(comm), (False, True))

@@ -8,14 +8,16 @@ import warnings
 import torch
 
 from ..errors import Unsupported
+from . import operators as operators
 from .aten import AtenKernel
 from .base import Dims, Gradients, Kernel, Leaf, OutputGradient
 from .costing import CostingKernel
 from .native import NativeKernel
 from .reference import EagerKernel, ReferenceKernel
+from .registry import KERNELS, available, definition
 
 # In the order in which "auto" prefers them.
-KERNELS: dict[str, type[Kernel]] = {
+KERNELS |= {
     kernel.name: kernel for kernel in (NativeKernel, AtenKernel, EagerKernel, ReferenceKernel, CostingKernel)
 }
 
@@ -33,12 +35,8 @@ __all__ = [
     "as_kernel",
     "available",
     "chosen",
+    "definition",
 ]
-
-
-def available(device: torch.device | None = None, dims: Dims = ()) -> list[str]:
-    """Return the names of the kernels that compute here, such tensors if these are told, the preferred first."""
-    return [name for name, kernel in KERNELS.items() if kernel.computes and kernel.why_not(device, dims) is None]
 
 
 def chosen(device: torch.device | None = None, dims: Dims = ()) -> str:

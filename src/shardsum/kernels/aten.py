@@ -9,14 +9,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..blocks import Block, Dense
+from ..errors import Unsupported
 from ..masks import Bounds
 from ..problem import state_dtype
 from ..scores import Scores
 from ..state import AttentionState, all_finite, merge
 from . import cuda
 from .base import Gradients, Kernel, Leaf, OutputGradient, Queries
+from .fused import Masking, Outputs
 from .rectangles import Piece, pieces
 from .reference import EagerKernel, ReferenceKernel
+from .registry import use_another
 
 # Half-precision keys and values are converted this many elements at a time, so that the float32 copies stay in
 # cache: 2^19 (2 MB each) is within 3 % of the best of 2^18 .. 2^20, and 2^21 and above are 1.6 to 2.4 times
@@ -42,6 +45,7 @@ class AtenKernel(Kernel):
         assert isinstance(block, Dense)
         if not _for_operator(scores):
             return EagerKernel().forward(q, block, bounds, scores)
+        self._check_dtype(q)
         state = _forward(q, block, bounds, scores.scale)
         if state.is_finite():
             return state
@@ -61,12 +65,18 @@ class AtenKernel(Kernel):
         out = _as_operator_takes(gradient)
         if not _for_operator(scores) or out is None:
             return EagerKernel().backward(q, block, bounds, scores, gradient)
+        self._check_dtype(q)
         # A row that sees no key has lse -inf; with +inf all its weights are 0.
         lse = gradient.lse.masked_fill(gradient.lse == -torch.inf, torch.inf)
-        found = _backward(q, block, bounds, scores.scale, (gradient.out, out, lse))
+        found = _backward(q, block, bounds, scores.scale, Outputs(gradient.out, out, lse))
         if all(map(all_finite, found)):
             return Gradients(*found)
         return EagerKernel().backward(q, block, bounds, scores, gradient)
+
+    def _check_dtype(self, q: Tensor) -> None:
+        if q.device.type != "cpu" and q.dtype == torch.float64:
+            others = use_another(q.device, but=self.name)
+            raise Unsupported(f"the {self.name} kernel has no float64 on {q.device}. {others}")
 
     def _forward_tree(self, q: Queries, block: Dense, bounds: Bounds, scores: Scores) -> AttentionState:
         return EagerKernel().forward_tree(q, block, bounds, scores)
@@ -127,9 +137,9 @@ def _forward(q: Tensor, block: Dense, bounds: Bounds, scale: float) -> Attention
 
 
 def _backward(
-    q: Tensor, block: Dense, bounds: Bounds, scale: float, outputs: tuple[Tensor, Tensor, Tensor]
+    q: Tensor, block: Dense, bounds: Bounds, scale: float, outputs: Outputs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, piece by piece; outputs: (out_gradient, out, lse)."""
+    """The gradients of q, k and v, piece by piece."""
     k, v, (lo, hi) = block.k, block.v, bounds
     dtype, total = state_dtype(q.dtype), None
     everything = slice(None), slice(0, q.shape[2]), slice(0, k.shape[2])
@@ -138,8 +148,9 @@ def _backward(
         for piece in _pieces(lo[b], hi[b], k[b]):
             rows, part, seen = _cut(piece, k[b], v[b], lo[b], hi[b], dtype)
             keys = slice(piece.key, piece.key_end)
-            own = [x[b, :, rows].to(dtype) for x in (q, *outputs)]
-            found = _attend_backward(piece.kind, own[0], *part, *seen, scale, *own[1:])
+            outputs_of_rows = Outputs(*(x[b, :, rows].to(dtype) for x in outputs))
+            part_q = q[b, :, rows].to(dtype)
+            found = _attend_backward(piece.kind, part_q, *part, Bounds(*seen), scale, outputs_of_rows)
             if total is None and (b, rows, keys) == everything:
                 total = found
                 continue
@@ -186,7 +197,7 @@ def _attend(kind: str, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, 
     """
     visible, bias = _mask(q, k, lo, hi) if kind == "masked" else (None, None)
     folded = _folded(q, k) if kind == "full" else q
-    out, lse = _operator(folded, k, v, bias, kind == "causal", scale)
+    out, lse = _operator(folded, k, v, Masking(bias, kind == "causal", scale))
     out, lse = out.reshape(*q.shape[:3], v.shape[3]), lse.reshape(q.shape[:3])
     if visible is not None:
         blind = (~visible.any(dim=1)).to(q.device)
@@ -204,23 +215,15 @@ def _attend(kind: str, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, 
 
 
 def _attend_backward(
-    kind: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    scale: float,
-    d_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    kind: str, q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, scale: float, outputs: Outputs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v of one operator call."""
-    folded = kind == "full"
-    bias = _mask(q, k, lo, hi)[1] if kind == "masked" else None
-    lse = _folded(lse.unsqueeze(-1), k).squeeze(-1) if folded else lse
-    rows, d_out, out = (_folded(x, k) if folded else x for x in (q, d_out, out))
-    d_q, d_k, d_v = _operator_backward(rows, k, v, bias, kind == "causal", scale, d_out, out, lse)
+    bias = _mask(q, k, *bounds)[1] if kind == "masked" else None
+    rows = q
+    if kind == "full":
+        lse = _folded(outputs.lse.unsqueeze(-1), k).squeeze(-1)
+        rows, outputs = _folded(q, k), Outputs(_folded(outputs.d_out, k), _folded(outputs.out, k), lse)
+    d_q, d_k, d_v = _operator_backward(rows, k, v, Masking(bias, kind == "causal", scale), outputs)
     return d_q.reshape(q.shape), d_k, d_v
 
 
@@ -252,12 +255,10 @@ def _mask(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]
     return visible, bias
 
 
-def _operator(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _operator(q: Tensor, k: Tensor, v: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
     """ATen's (out, lse). No keys, other strides in the last dim, or v_dim != head_dim are not for it to see."""
     if q.device.type != "cpu":
-        return cuda.forward(q, k, v, bias, causal, scale)
+        return cuda.forward(q, k, v, masking)
     v_dim, head_dim = v.shape[3], q.shape[3]
     if v_dim < head_dim:
         v = F.pad(v, (0, head_dim - v_dim))
@@ -266,34 +267,26 @@ def _operator(
     # The operator reads rows as if their elements lay side by side, and does not check it.
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+        q, k, v, 0.0, masking.causal, attn_mask=masking.bias, scale=masking.scale
     )
     return out[..., :v_dim], lse
 
 
 def _operator_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    causal: bool,
-    scale: float,
-    d_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, masking: Masking, outputs: Outputs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ATen's gradients of q, k and v, under the same conditions."""
     if q.device.type != "cpu":
-        return cuda.backward(q, k, v, bias, causal, scale, d_out, out, lse)
+        return cuda.backward(q, k, v, masking, outputs)
     head_dim, v_dim = q.shape[3], v.shape[3]
-    width = max(head_dim, v_dim)
+    width, (d_out, out, lse) = max(head_dim, v_dim), outputs
     tensors = (F.pad(x, (0, width - x.shape[3])) if x.shape[3] < width else x for x in (d_out, q, k, v, out))
     d_q, d_k, d_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(x if x.stride(3) == 1 else x.contiguous() for x in tensors),
         lse.contiguous(),
         0.0,
-        causal,
-        attn_mask=bias,
-        scale=scale,
+        masking.causal,
+        attn_mask=masking.bias,
+        scale=masking.scale,
     )
     return d_q[..., :head_dim], d_k[..., :head_dim], d_v[..., :v_dim]

@@ -64,10 +64,12 @@ class Kernel(ABC):
     """Attention of all queries over a block of keys on one device, under one interval of keys per query row.
 
     `computes`: whether it gives values; else "auto" and tests of values leave it out.
+    `definition`: whether it is written as the definition is, which the others are compared with.
     """
 
     name: str
     computes: ClassVar[bool] = True
+    definition: ClassVar[bool] = False
 
     @classmethod
     def why_not(cls, device: torch.device | None = None, dims: Dims = ()) -> str | None:

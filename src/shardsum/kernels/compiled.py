@@ -1,22 +1,28 @@
-"""The compiled module in `native/`: whether it can be used here, and what its operations are told."""
+"""The compiled module in `native/`: whether it can be used here, and how its operations are called."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..blocks import Block, Dense, Int8, Paged
+from ..errors import Unsupported
 from ..extension import TYPES, instruction_sets, native_module
-from ..problem import Sizes
-from .base import Dims
+from ..masks import Bounds
+from ..problem import state_dtype
+from ..scores import Scores
+from .base import Dims, Gradients, OutputGradient
+from .registry import use_another
 
 LARGEST_DIM = 512
 # Up to so many rows for each KV head, decode is faster than prefill.
 DECODE_ROWS = 16
 # A leaf of the tree is of whole blocks of keys, and this is the largest block: tree.SEGMENT is a multiple of it.
 SEGMENT_STEP = 256
-_NO_SCALES, _NO_PAGES = ((0, 0, 0, 0),) * 2, (0, 0, 0)
+_NOWHERE = (0, 0, 0, 0)
 
 
 def why_not_native(device: torch.device | None = None, dims: Dims = ()) -> str | None:
@@ -36,40 +42,94 @@ def few_rows(q: Tensor, kv_heads: int) -> bool:
     return q.shape[1] // kv_heads * q.shape[2] <= DECODE_ROWS
 
 
-class Options(NamedTuple):
-    """The operators' arguments after the tensors, with their defaults."""
+def check_device(q: Tensor, dims: Dims) -> None:
+    """Refuse tensors that the native kernels don't take."""
+    wrong = why_not_native(q.device, dims)
+    if wrong is not None:
+        raise Unsupported(f"{wrong} {use_another(q.device, dims)}")
 
-    scale: float
-    softcap: float | None = None
-    alibi_slopes: Tensor | None = None
-    dropout_p: float = 0.0
-    seed: int = 0
-    head: int = 0
-    rows: Tensor | None = None
-    keys: Tensor | None = None
-    own: Tensor | None = None
+
+class Operation(NamedTuple):
+    """Which compiled operation is meant.
+
+    `instruction_set`: None is the best that runs here. `segment`: how many keys a segment of the tree has that
+    sums go along; 0 without a tree.
+    """
+
     instruction_set: str | None = None
     segment: int = 0
 
+    @property
+    def isa(self) -> str:
+        return self.instruction_set or instruction_sets()[0]
 
-def call(
-    problem: Sizes,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    given: Options,
-    scales: tuple[Tensor, Tensor] | None = None,
-    table: Tensor | None = None,
-) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """What all operations are told, as native/module.cpp takes it apart, and the tensors that it points to."""
+
+def forward(
+    q: Tensor, block: Block, bounds: Bounds, scores: Scores, operation: Operation
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) of a block of keys as it lies, by decode, prefill or along the tree."""
+    kv_heads, kv_len, _, v_dim = block.shape
+    out, lse = empty_state(q, v_dim)
+    if not (out.numel() and kv_len):
+        return out.zero_(), lse.fill_(-math.inf)
+    native = native_module()
+    if operation.segment:
+        run = native.tree
+    elif not isinstance(block, Dense) or few_rows(q, kv_heads):
+        run = native.decode
+    else:
+        run = native.prefill
+    attention, kept_alive = describe(q, block, bounds, scores, operation.segment)
+    run(operation.isa, attention, out.data_ptr(), lse.data_ptr())
+    del kept_alive
+    return out, lse
+
+
+def backward(
+    q: Tensor, block: Dense, bounds: Bounds, scores: Scores, gradient: OutputGradient, operation: Operation
+) -> Gradients:
+    """Return the gradients of q, k and v; with a segment, along the trees of keys and of rows."""
+    d_q, d_k, d_v = (x.new_zeros(x.shape, dtype=state_dtype(x.dtype)) for x in (q, block.k, block.v))
+    d_out, lse, delta = (x.contiguous() for x in (gradient.out, gradient.lse, gradient.delta))
+    if d_out.numel() and block.kv_len:
+        attention, kept_alive = describe(q, block, bounds, scores, operation.segment)
+        native_module().backward(
+            operation.isa,
+            attention,
+            d_out=d_out.data_ptr(),
+            lse=lse.data_ptr(),
+            delta=delta.data_ptr(),
+            d_q=d_q.data_ptr(),
+            d_k=d_k.data_ptr(),
+            d_v=d_v.data_ptr(),
+        )
+        del kept_alive
+    return Gradients(d_q, d_k, d_v)
+
+
+def empty_state(q: Tensor, v_dim: int | torch.SymInt) -> tuple[Tensor, Tensor]:
+    """Return room for out and lse."""
+    dtype, shape = state_dtype(q.dtype), q.shape[:3]
+    return q.new_empty((*shape, v_dim), dtype=dtype), q.new_empty(shape, dtype=dtype)
+
+
+def describe(
+    q: Tensor, block: Block, bounds: Bounds, scores: Scores, segment: int = 0
+) -> tuple[Any, list[Tensor]]:
+    """Return the `Attention` of native/arguments.h, field by field, and the tensors that it points to."""
     assert q.is_cpu, "tensors on meta have no addresses"
+    lo, hi = bounds
     if lo.shape != hi.shape:
         lo, hi = torch.broadcast_tensors(lo, hi)
     lo, hi = lo.contiguous(), hi.contiguous()
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    alive = [lo, hi, q, k, v]
+    alive = [lo, hi]
+    (batch, q_heads, q_len, head_dim), (kv_heads, kv_len, _, v_dim) = q.shape, block.shape
+
+    def strided(x: Tensor, dim: int = 3) -> tuple[int, int, int, int]:
+        """A row of k lies in one piece; a scale is a row of one element, so both have strides of three dims."""
+        x = x if x.stride(dim) == 1 else x.contiguous()
+        alive.append(x)
+        return (x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
 
     def address(x: Tensor | None) -> int:
         if x is None:
@@ -78,36 +138,50 @@ def call(
         return alive[-1].data_ptr()
 
     def per_sequence(x: Tensor | None) -> int:
-        return 0 if x is None or x.shape[0] == 1 else problem.q_len
+        return 0 if x is None or x.shape[0] == 1 else q_len
 
-    rows = [] if scales is None else [x if x.stride(2) == 1 else x.contiguous() for x in scales]
-    alive += rows
-    # A scale is a row of one element, so both have strides of three dims.
-    tensors = [(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)) for x in (q, k, v, *rows)]
-    of_scales = tuple(tensors[3:]) or _NO_SCALES
-    pages = _NO_PAGES if table is None else (address(table), table.shape[1], k.shape[2])
-    described = (
-        given.scale,
-        given.softcap or 0.0,
-        address(None if given.alibi_slopes is None else given.alibi_slopes.double()),
-        given.dropout_p,
-        given.seed % (1 << 64),
-        given.head,
-        address(given.rows),
-        address(given.keys),
-        address(given.own),
-        per_sequence(given.own),
+    k_scales = v_scales = _NOWHERE
+    pages = None
+    if isinstance(block, Int8):
+        k, v = block.k.numbers, block.v.numbers
+        k_scales, v_scales = strided(block.k.scales, 2), strided(block.v.scales, 2)
+    elif isinstance(block, Paged):
+        k, v, pages = block.k_pages, block.v_pages, block.table.to(torch.int64)
+    else:
+        assert isinstance(block, Dense)
+        k, v = block.k, block.v
+    slopes = scores.alibi_slopes
+    attention = native_module().Attention(
+        type=TYPES[k.dtype],
+        batch=batch,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        q_len=q_len,
+        kv_len=kv_len,
+        head_dim=head_dim,
+        v_dim=v_dim,
+        q=strided(q),
+        k=strided(k),
+        v=strided(v),
+        k_scales=k_scales,
+        v_scales=v_scales,
+        pages=address(pages),
+        pages_batch=0 if pages is None else pages.shape[1],
+        page_len=0 if pages is None else k.shape[2],
+        lo=lo.data_ptr(),
+        hi=hi.data_ptr(),
+        bounds_batch=per_sequence(lo),
+        scale=scores.scale,
+        softcap=scores.softcap or 0.0,
+        alibi_slopes=address(slopes if slopes is None else slopes.double()),
+        dropout_p=scores.dropout_p,
+        seed=scores.seed % (1 << 64),
+        first_head=scores.head,
+        rows=address(scores.rows),
+        keys=address(scores.keys),
+        diagonal=address(scores.diagonal),
+        diagonal_batch=per_sequence(scores.diagonal),
+        threads=torch.get_num_threads(),
+        segment=segment,
     )
-    bounds = (lo.data_ptr(), hi.data_ptr(), per_sequence(lo))
-    isa = given.instruction_set or instruction_sets()[0]
-    return (
-        isa,
-        TYPES[k.dtype],
-        problem[:7],
-        *tensors[:3],
-        (*of_scales, pages),
-        bounds,
-        described,
-        torch.get_num_threads(),
-        given.segment,
-    ), alive
+    return attention, alive

@@ -11,39 +11,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import Unsupported
+from .fused import Masking, Outputs
 
 WIDTH = 8  # dims, and columns of a bias, are padded to a multiple of so many elements
 LSE_ROWS = 32
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of one operator call; `bias` is (rows, keys), causal counts from the top left corner."""
-    _check(q)
+def forward(q: Tensor, k: Tensor, v: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one operator call."""
     q_len, v_dim = q.shape[2], v.shape[3]
     q, k, v = _aligned(q, _for_each_head(k, q), _for_each_head(v, q))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, _bias(bias, q), True, 0.0, causal, scale=scale
+        q, k, v, _bias(masking.bias, q), True, 0.0, masking.causal, scale=masking.scale
     )
     return out[..., :v_dim], lse[:, :, :q_len]
 
 
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    causal: bool,
-    scale: float,
-    d_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(q: Tensor, k: Tensor, v: Tensor, masking: Masking, outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v of one operator call. A row whose lse is +inf has no weights."""
-    _check(q)
     kv_shape, head_dim, v_dim = k.shape[:3], q.shape[3], v.shape[3]
+    d_out, out, lse = outputs
     d_out, q_, k_, v_, out = _aligned(d_out, q, _for_each_head(k, q), _for_each_head(v, q), out)
     # It takes rows of out to lie as in its own: all heads of a row side by side.
     out = out.transpose(1, 2).contiguous().transpose(1, 2)
@@ -54,24 +41,19 @@ def backward(
         q_,
         k_,
         v_,
-        _bias(bias, q),
+        _bias(masking.bias, q),
         out,
         lse,
         no_dropout,
         no_dropout,
         0.0,
         [True, True, True, False],
-        causal,
-        scale=scale,
+        masking.causal,
+        scale=masking.scale,
     )
     # The heads of a group share their keys and values.
     d_k, d_v = (x.reshape(kv_shape[0], kv_shape[1], -1, *x.shape[2:]).sum(dim=2) for x in (d_k, d_v))
     return d_q[..., :head_dim], d_k[..., :head_dim], d_v[..., :v_dim]
-
-
-def _check(q: Tensor) -> None:
-    if q.dtype == torch.float64:
-        raise Unsupported("the aten kernel has no float64 on CUDA. Use kernel='eager' or float32.")
 
 
 def _for_each_head(x: Tensor, q: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,9 +14,9 @@ from ..scores import Scores
 from ..state import AttentionState
 from ..tree import SEGMENT
 from .base import Dims, Gradients, Kernel, Leaf, OutputGradient, Queries
-from .compiled import few_rows, why_not_native
-from .operators import attention_backward, dense_forward, paged_forward, quantized_forward
+from .compiled import Operation, backward, check_device, few_rows, forward, why_not_native
 from .reference import EagerKernel
+from .registry import use_another
 
 # Instruction sets whose prefill multiplies bfloat16, and rounds the weights to it.
 MULTIPLY_BFLOAT16 = ("amx", "avx512_bf16")
@@ -40,7 +38,7 @@ class NativeKernel(Kernel):
     def __init__(self, instruction_set: str | None = None) -> None:
         missing = why_not_native()
         if missing is not None:
-            raise Unsupported(f"{missing} kernel='aten' needs none.")
+            raise Unsupported(f"{missing} {use_another()}")
         available = instruction_sets()
         if instruction_set not in (None, *available):
             raise Unsupported(f"this machine runs {', '.join(available)}: got {instruction_set!r}.")
@@ -62,15 +60,10 @@ class NativeKernel(Kernel):
         if scores.bias is not None:
             return EagerKernel().forward(q, block, bounds, scores)
         if isinstance(block, Dense):
-            return AttentionState(*dense_forward(*self._arguments(q, block, bounds, scores)))
-        options = self._options(scores)
-        if isinstance(block, Int8):
-            scales = (block.k.scales, block.v.scales)
-            state = quantized_forward(q.float(), block.k.numbers, block.v.numbers, scales, *bounds, *options)
-        else:
-            assert isinstance(block, Paged)
-            state = paged_forward(q, block.k_pages, block.v_pages, block.table, *bounds, *options)
-        return AttentionState(*state)
+            return self._state(q, block, bounds, scores, 0)
+        check_device(q, block.shape[2:])
+        q = q.float() if isinstance(block, Int8) else q
+        return AttentionState(*forward(q, block, bounds, scores, Operation(self.instruction_set)))
 
     def backward(
         self, q: Queries, block: Dense, bounds: Bounds, scores: Scores, gradient: OutputGradient
@@ -82,7 +75,7 @@ class NativeKernel(Kernel):
     def _forward_tree(self, q: Queries, block: Dense, bounds: Bounds, scores: Scores) -> AttentionState:
         if scores.bias is not None:
             return EagerKernel().forward_tree(q, block, bounds, scores)
-        return AttentionState(*dense_forward(*self._arguments(q, block, bounds, scores), SEGMENT))
+        return self._state(q, block, bounds, scores, SEGMENT)
 
     def backward_leaf(
         self, q: Queries, block: Dense, bounds: Bounds, scores: Scores, gradient: OutputGradient
@@ -107,16 +100,13 @@ class NativeKernel(Kernel):
     ) -> Gradients:
         if not segment and few_rows(q, block.kv_heads):
             q = q.to(state_dtype(q.dtype))  # 16 bits of few rows' weights: their roundings do not average out
-        given = (x.to(state_dtype(q.dtype)) for x in (gradient.out, gradient.lse, gradient.delta))
-        return Gradients(*attention_backward(*given, *self._arguments(q, block, bounds, scores), segment))
+        dtype, operation = state_dtype(q.dtype), Operation(self.instruction_set, segment)
+        check_device(q, block.shape[2:])
+        gradient = OutputGradient(gradient.out.to(dtype), gradient.lse.to(dtype), gradient.delta.to(dtype))
+        return backward(q, block.dense(q.dtype), bounds, scores, gradient, operation)
 
-    def _arguments(self, q: Tensor, block: Dense, bounds: Bounds, scores: Scores) -> tuple[Any, ...]:
-        """Return what both operators take; keys and values in q's dtype (a scale that is a tensor widens it)."""
-        block = block.dense(q.dtype)
-        return (q, block.k, block.v, *bounds, *self._options(scores))
-
-    def _options(self, scores: Scores) -> tuple[Any, ...]:
-        slopes = scores.alibi_slopes if scores.alibi_slopes is None else scores.alibi_slopes.double()
-        indices = (scores.rows, scores.keys, scores.diagonal)
-        dropout = (scores.dropout_p, scores.seed, scores.head)
-        return (scores.scale, scores.softcap, slopes, *dropout, *indices, self.instruction_set)
+    def _state(self, q: Tensor, block: Dense, bounds: Bounds, scores: Scores, segment: int) -> AttentionState:
+        """Compute with keys and values in q's dtype: a scale that is a tensor widens it."""
+        check_device(q, block.shape[2:])
+        operation = Operation(self.instruction_set, segment)
+        return AttentionState(*forward(q, block.dense(q.dtype), bounds, scores, operation))

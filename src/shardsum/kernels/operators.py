@@ -22,17 +22,19 @@ Raises: ValueError for what does not fit together, Unsupported for what only oth
 
 from __future__ import annotations
 
-import math
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
+from ..blocks import Dense
 from ..errors import Unsupported
-from ..extension import native_module
+from ..masks import Bounds
 from ..problem import Sizes, state_dtype
-from .compiled import SEGMENT_STEP, Options, call, few_rows, why_not_native
+from ..scores import Scores
+from .base import OutputGradient
+from .compiled import SEGMENT_STEP, Operation, backward, check_device, empty_state, forward
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, float scale, float? softcap=None, "
@@ -41,147 +43,111 @@ _ARGUMENTS = (
 )
 
 
-def dense_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """`attention_forward` without gradients, and without torch's dispatcher, which takes 11 us a call."""
-    given = Options(*options)
-    problem = _check(q, k, v, lo, hi, given)
-    name = "tree" if given.segment else "decode" if few_rows(q, problem.kv_heads) else "prefill"
-    return _state(name, problem, q, k, v, lo, hi, given)
+class _Arguments(NamedTuple):
+    """What torch calls both operators with, in this order."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lo: Tensor
+    hi: Tensor
+    scale: float
+    softcap: float | None = None
+    alibi_slopes: Tensor | None = None
+    dropout_p: float = 0.0
+    seed: int = 0
+    head: int = 0
+    rows: Tensor | None = None
+    keys: Tensor | None = None
+    own: Tensor | None = None
+    instruction_set: str | None = None
+    segment: int = 0
+
+    @property
+    def block(self) -> Dense:
+        return Dense(self.k, self.v)
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(self.lo, self.hi)
+
+    @property
+    def operation(self) -> Operation:
+        return Operation(self.instruction_set, self.segment)
+
+    def scores(self) -> Scores:
+        return Scores(
+            self.scale,
+            softcap=self.softcap,
+            alibi_slopes=self.alibi_slopes,
+            dropout_p=self.dropout_p,
+            seed=self.seed,
+            head=self.head,
+            rows=self.rows,
+            keys=self.keys,
+            diagonal=self.own,
+        )
 
 
-def quantized_forward(
-    q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor], lo: Tensor, hi: Tensor, *options: Any
-) -> tuple[Tensor, Tensor]:
-    """`attention_forward` of few float32 rows over int8 k and v, `scales` (batch, kv_heads, kv_len) of each."""
-    given = Options(*options)
-    problem = _check(q, k, v, lo, hi, given, quantized=True)
-    return _state("decode", problem, q, k, v, lo, hi, given, scales=scales)
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    given = _Arguments(*arguments)
+    _, scores = _check(given)
+    return forward(given.q, given.block, given.bounds, scores, given.operation)
 
 
-def paged_forward(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lo: Tensor, hi: Tensor, *options: Any
-) -> tuple[Tensor, Tensor]:
-    """`attention_forward` over k and v in pages that `table` names; `shardsum.decode_paged` has checked them."""
-    _check_device(q, v)
-    batch, q_heads, q_len, head_dim = q.shape
-    kv_len = table.shape[1] * k.shape[2]
-    problem = Sizes(batch, q_heads, k.shape[1], q_len, kv_len, head_dim, v.shape[3], q.dtype)
-    table = table.to(torch.int64)
-    return _state("decode", problem, q, k, v, lo, hi, Options(*options), table=table)
+def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
+    given = _Arguments(*arguments)
+    sizes, _ = _check(given)
+    return empty_state(given.q, sizes.v_dim)
 
 
-def _state(
-    name: str,
-    problem: Sizes,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    given: Options,
-    **storage: Any,
-) -> tuple[Tensor, Tensor]:
-    out, lse = _empty_state(q, problem)
-    if not (out.numel() and problem.kv_len):
-        return out.zero_(), lse.fill_(-math.inf)
-    told, kept_alive = call(problem, q, k, v, lo, hi, given, **storage)
-    getattr(native_module(), name)(*told, out.data_ptr(), lse.data_ptr())
-    del kept_alive
-    return out, lse
+def _backward(d_out: Tensor, lse: Tensor, delta: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given = _Arguments(*arguments)
+    sizes, scores = _check(given)
+    _check_gradient(d_out, lse, delta, given.q, sizes)
+    gradient = OutputGradient(d_out, lse, delta)
+    d = backward(given.q, given.block, given.bounds, scores, gradient, given.operation)
+    return d.q, d.k, d.v
 
 
-def _forward_shapes(
-    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, *options: Any
-) -> tuple[Tensor, Tensor]:
-    return _empty_state(q, _check(q, k, v, lo, hi, Options(*options)))
+def _backward_shapes(d_out: Tensor, lse: Tensor, delta: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    given = _Arguments(*arguments)
+    sizes, _ = _check(given)
+    _check_gradient(d_out, lse, delta, given.q, sizes)
+    return tuple(x.new_empty(x.shape, dtype=state_dtype(x.dtype)) for x in (given.q, given.k, given.v))
 
 
-def _empty_state(q: Tensor, problem: Sizes) -> tuple[Tensor, Tensor]:
-    dtype, shape = state_dtype(q.dtype), (problem.batch, problem.q_heads, problem.q_len)
-    return q.new_empty((*shape, problem.v_dim), dtype=dtype), q.new_empty(shape, dtype=dtype)
-
-
-def _backward(
-    d_out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    given = Options(*options)
-    problem = _check(q, k, v, lo, hi, given)
-    _check_gradient(d_out, lse, delta, q, problem)
-    found = tuple(x.new_zeros(x.shape, dtype=state_dtype(x.dtype)) for x in (q, k, v))
-    if d_out.numel() and problem.kv_len:
-        gradient = [x.contiguous() for x in (d_out, lse, delta)]
-        told, kept_alive = call(problem, q, k, v, lo, hi, given)
-        addresses = (tuple(x.data_ptr() for x in tensors) for tensors in (gradient, found))
-        native_module().backward(*told, *addresses)
-        del kept_alive
-    return found
-
-
-def _backward_shapes(
-    d_out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    problem = _check(q, k, v, lo, hi, Options(*options))
-    _check_gradient(d_out, lse, delta, q, problem)
-    return tuple(x.new_empty(x.shape, dtype=state_dtype(x.dtype)) for x in (q, k, v))
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, given: Options, *, quantized: bool = False
-) -> Sizes:
-    """The sizes, once everything is what the C++ takes it to be."""
-    problem = Sizes.of(q, k, v, quantized=quantized)
-    _check_device(q, v)
-    batch, q_len, whole = problem.batch, problem.q_len, torch.int64
+def _check(given: _Arguments) -> tuple[Sizes, Scores]:
+    """Return the sizes and scores, once everything is what the C++ takes it to be."""
+    q = given.q
+    sizes = Sizes.of(q, given.k, given.v)
+    check_device(q, (sizes.head_dim, sizes.v_dim))
+    batch, q_len, whole = sizes.batch, sizes.q_len, torch.int64
     of_rows = ((1, q_len), (batch, q_len))
-    _check_tensor("lo", lo, q, whole, *of_rows)
-    _check_tensor("hi", hi, q, whole, *of_rows)
+    _check_tensor("lo", given.lo, q, whole, *of_rows)
+    _check_tensor("hi", given.hi, q, whole, *of_rows)
     if given.rows is not None:
         _check_tensor("rows", given.rows, q, whole, (q_len,))
     if given.keys is not None:
-        _check_tensor("keys", given.keys, q, whole, (problem.kv_len,))
+        _check_tensor("keys", given.keys, q, whole, (sizes.kv_len,))
     if given.own is not None:
         _check_tensor("own", given.own, q, whole, *of_rows)
     if given.alibi_slopes is not None:
         dtype = torch.float64 if given.alibi_slopes.dtype == torch.float64 else torch.float32
-        _check_tensor("alibi_slopes", given.alibi_slopes, q, dtype, (problem.q_heads,))
+        _check_tensor("alibi_slopes", given.alibi_slopes, q, dtype, (sizes.q_heads,))
         if given.own is None or given.keys is None:
             raise ValueError("alibi_slopes need own and keys, the positions that distances are between.")
-    if given.softcap is not None and not given.softcap > 0.0:
-        raise ValueError(f"softcap must be above 0, or None: got {given.softcap}.")
-    if not 0.0 <= given.dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be at least 0 and below 1: got {given.dropout_p}.")
-    if given.dropout_p and (given.rows is None or given.keys is None):
+    scores = given.scores()
+    if scores.dropout_p and (given.rows is None or given.keys is None):
         raise ValueError("dropout needs rows and keys, the indices whose hash decides.")
     if given.segment < 0 or given.segment % SEGMENT_STEP:
         raise ValueError(f"segment must be 0 or a multiple of {SEGMENT_STEP} keys: got {given.segment}.")
-    return problem
+    return sizes, scores
 
 
-def _check_device(q: Tensor, v: Tensor) -> None:
-    wrong = why_not_native(q.device, (q.shape[3], v.shape[3]))
-    if wrong is not None:
-        raise Unsupported(f"{wrong} Use kernel='aten'.")
-
-
-def _check_gradient(d_out: Tensor, lse: Tensor, delta: Tensor, q: Tensor, problem: Sizes) -> None:
+def _check_gradient(d_out: Tensor, lse: Tensor, delta: Tensor, q: Tensor, sizes: Sizes) -> None:
     dtype, shape = state_dtype(q.dtype), tuple(q.shape[:3])
-    _check_tensor("d_out", d_out, q, dtype, (*shape, problem.v_dim))
+    _check_tensor("d_out", d_out, q, dtype, (*shape, sizes.v_dim))
     _check_tensor("lse", lse, q, dtype, shape)
     _check_tensor("delta", delta, q, dtype, shape)
 
@@ -204,7 +170,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _gradients(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
     out, lse, *tensors = ctx.saved_tensors
     inputs = [other if x is None else x for x, other in zip(tensors, ctx.others, strict=True)]
-    if inputs[-1]:
+    if _Arguments(*inputs).segment:
         raise Unsupported("attention_forward along the tree of segments has no gradient. Use segment=0.")
     delta = (d_out * out).sum(dim=-1) - d_lse
     found = attention_backward(d_out, lse, delta, *inputs)
@@ -228,7 +194,7 @@ def _register(name: str, arguments: str, results: str, run: Any, shapes: Any, gr
 
 
 attention_forward = _register(
-    "attention_forward", _ARGUMENTS, "Tensor out, Tensor lse", dense_forward, _forward_shapes, _gradients, _keep
+    "attention_forward", _ARGUMENTS, "Tensor out, Tensor lse", _forward, _forward_shapes, _gradients, _keep
 )
 attention_backward = _register(
     "attention_backward",

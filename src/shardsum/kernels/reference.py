@@ -105,6 +105,7 @@ class ReferenceKernel(EagerKernel):
     """The same in float64, rounded once at the end: for tests and small sums."""
 
     name = "reference"
+    definition = True
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float64
