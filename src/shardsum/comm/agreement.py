@@ -114,9 +114,12 @@ def agree(
     Traffic: 64 bytes to each other rank; a second all-gather, of the descriptions, only on a mismatch.
     Raises: Mismatch, the same on every rank, naming the argument, its values and the ranks.
     """
-    with mistakes_reach_all(comm):
+    try:  # as `mistakes_reach_all` does it, without an object for each call
         description = call if isinstance(call, Description) else Description.of(call)
         header = _header(description, False, comm.calls + 1, comm.epoch)
+    except Exception as error:
+        _announce(comm, error)
+        raise
     comm.calls += 1
     if comm.size == 1:
         return [(q_len, kv_len)]
