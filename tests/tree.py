@@ -28,14 +28,14 @@ OUTSIDE = {
     "  hosts/": "several hosts, made of network namespaces",
     "  properties/": "the merge laws, and the bound on errors beside 50 digits (exact.py), by Hypothesis",
     "  contracts.py": "what every communicator must do",
-    "  extending.py": "what docs/extending.md adds, put through the suites of its registry",
+    "  extending.py": "what the docs add from outside, put through the suites that would find it",
     "  test_promises.py": "what README and docs promise, executed; test_sizes.py: how large things may be",
     "  unpickling/": "a bomb in place of pickle's loaders",
     "benchmarks/": "ratios against one process, other libraries beside ours, memory by ranks; results/ in JSON",
     "examples/": "numbered; CI compares what they print",
     "docs/": "choose.md: which strategy, layout, kernel and transport; extending.md: adding one of each; log.md: "
-    "what was measured and tried; defense-of-design.md: why it is built this way; theory.md: what rounding can do; "
-    "reproducible.md, hosts.md, security.md",
+    "what was measured and tried; defense-of-design.md: why it is built this way; theory.md: what rounding can "
+    "do; reproducible.md, hosts.md, security.md",
 }
 
 
