@@ -28,7 +28,7 @@ OUTSIDE = {
     "  hosts/": "several hosts, made of network namespaces",
     "  properties/": "the merge laws, and the bound on errors beside 50 digits (exact.py), by Hypothesis",
     "  contracts.py": "what every communicator must do",
-    "  extending.py": "what docs/extending.md adds, put through the suites of its registry",
+    "  extending.py": "what the docs add from outside, put through the suites that would find it",
     "  test_promises.py": "what README and docs promise, executed; test_sizes.py: how large things may be",
     "  unpickling/": "a bomb in place of pickle's loaders",
     "benchmarks/": "ratios against one process, other libraries beside ours, memory by ranks; results/ in JSON",

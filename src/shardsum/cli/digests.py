@@ -17,7 +17,7 @@ from ..layouts import NAMES
 from ..problem import Sizes
 from ..sharding import shard, unshard
 from ..strategies import STRATEGIES
-from .problems import problem, random_tensors
+from .problems import draw_tensors, make_problem
 
 # 3 segments of queries, 5 of keys.
 SIZES = Sizes(batch=1, q_heads=4, kv_heads=2, q_len=600, kv_len=1100, head_dim=16, v_dim=24, dtype=torch.float32)
@@ -26,11 +26,11 @@ OPTIONS: dict[str, Any] = {"causal": True, "reproducible": True}
 
 def check_digests(comm: Communicator) -> list[dict[str, Any]]:
     """For each layout and strategy: the digest of out, dq, dk and dv, and whether it is that of one rank alone."""
-    whole = random_tensors(SIZES, comm.device)
+    whole = draw_tensors(SIZES, comm.device)
     alone = _digest(connect("single"), whole, NAMES[0], "auto")
     rows = []
     for layout, strategy in itertools.product(NAMES, STRATEGIES):
-        if STRATEGIES[strategy]().why_not(problem(comm, SIZES, layout, **OPTIONS)) is not None:
+        if STRATEGIES[strategy]().why_not(make_problem(comm, SIZES, layout, **OPTIONS)) is not None:
             continue
         digest = _digest(comm, whole, layout, strategy)
         equal = all(bool(x) for x in comm.all_gather(torch.tensor(digest == alone, device=comm.device)))

@@ -15,7 +15,7 @@ from ..problem import Problem, Sizes
 from ..tree import unit
 
 
-def problem(comm: Communicator, sizes: Sizes, layout: str | Layout, **options: Any) -> Problem:
+def make_problem(comm: Communicator, sizes: Sizes, layout: str | Layout, **options: Any) -> Problem:
     """The problem that a call of `attention` with these options is, of the sizes of all ranks together."""
     arguments, size = Arguments(**options), comm.size
     place, together = as_layout(layout), unit(arguments.reproducible)
@@ -39,7 +39,7 @@ def problem(comm: Communicator, sizes: Sizes, layout: str | Layout, **options: A
     )
 
 
-def random_tensors(sizes: Sizes, device: torch.device) -> list[Tensor]:
+def draw_tensors(sizes: Sizes, device: torch.device) -> list[Tensor]:
     """The q, k, v and gradient of the output of all ranks together, the same at every call."""
     generator = torch.Generator().manual_seed(0)
     rows, keys = (sizes.batch, sizes.q_heads, sizes.q_len), (sizes.batch, sizes.kv_heads, sizes.kv_len)

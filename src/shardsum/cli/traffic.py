@@ -14,7 +14,7 @@ from ..comm import Communicator, Traffic
 from ..problem import Sizes
 from ..sharding import shard
 from ..strategies import STRATEGIES, Call, Observed, lower_bound_bytes
-from .problems import problem, random_tensors
+from .problems import draw_tensors, make_problem
 
 SIZES = Sizes(batch=1, q_heads=6, kv_heads=2, q_len=480, kv_len=480, head_dim=16, v_dim=24, dtype=torch.float32)
 MASKS: dict[str, dict[str, Any]] = {
@@ -27,10 +27,10 @@ LAYOUTS = ("contiguous", "zigzag")
 
 def check_traffic(comm: Communicator) -> list[dict[str, Any]]:
     """For each mask, layout and strategy: bytes of all ranks, and whether each rank's traffic was as declared."""
-    *whole, _ = random_tensors(SIZES, comm.device)
+    *whole, _ = draw_tensors(SIZES, comm.device)
     found = []
     for mask, layout, name in itertools.product(MASKS, LAYOUTS, STRATEGIES):
-        asked = problem(comm, SIZES, layout, **MASKS[mask])
+        asked = make_problem(comm, SIZES, layout, **MASKS[mask])
         if STRATEGIES[name]().why_not(asked) is not None:
             continue
         notes: list[tuple[Call, str, Traffic, Traffic]] = []

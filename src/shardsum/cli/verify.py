@@ -20,7 +20,7 @@ from ..state import AttentionState
 from ..strategies import STRATEGIES
 from .common import console, launchers_rank, on_ranks, print_json, progress, rank_options
 from .digests import check_digests, digest_table
-from .problems import problem, random_tensors
+from .problems import draw_tensors, make_problem
 from .traffic import check_traffic, traffic_table
 
 RANKS = 3
@@ -96,7 +96,7 @@ def _kernels(comm: Communicator) -> list[str]:
 
 def check_all(comm: Communicator) -> dict[str, Any]:
     """The largest error of each strategy and layout over all ranks, and which cases were wrong."""
-    *whole, _ = random_tensors(SIZES._replace(dtype=torch.float64), comm.device)
+    *whole, _ = draw_tensors(SIZES._replace(dtype=torch.float64), comm.device)
     expected = {
         mask: attention(*whole, comm=connect("single"), kernel=kernels.definition(), return_state=True, **options)
         for mask, options in MASKS.items()
@@ -133,7 +133,7 @@ def check_all(comm: Communicator) -> dict[str, Any]:
 def _error_of(comm: Communicator, case: Case, whole: list[Tensor], expected: AttentionState) -> float:
     """The largest error of a case on this rank; REFUSED where its strategy can't do it, on any rank alike."""
     layout = _layout(case.layout, comm.size)
-    if STRATEGIES[case.strategy]().why_not(problem(comm, SIZES, layout, **case.options())) is not None:
+    if STRATEGIES[case.strategy]().why_not(make_problem(comm, SIZES, layout, **case.options())) is not None:
         return REFUSED
     q, k, v = (x.float() for x in whole)
     own_k, own_v = (shard(x, comm=comm, layout=layout) for x in (k, v))
