@@ -76,7 +76,7 @@ def _times(comm: Communicator, store: str, queries: int, repetitions: int) -> di
     sides = _sides(comm, queries)
     if comm.transport != ThreadTransport.name:
         gloo = GlooTransport.over(FileStore(store, comm.size), comm.rank, comm.size, comm.deadline_seconds, ["lo"])
-        sides |= _raw_gloo(gloo.group, queries)
+        sides |= _raw_gloo(gloo, queries)
         if comm.transport == MpiTransport.name:
             sides |= _raw_mpi(queries) | _sides(Communicator(gloo), queries)
     counts = {name: _how_often(comm, side) for name, side in sides.items()}
@@ -131,7 +131,7 @@ def _raw_mpi(queries: int) -> Sides:
     }
 
 
-def _raw_gloo(group: Any, queries: int) -> Sides:
+def _raw_gloo(gloo: GlooTransport, queries: int) -> Sides:
     from torch.distributed import AllreduceOptions, ReduceOp
 
     state, flat = _state(queries), torch.ones(state_bytes(queries) // 4)
@@ -141,13 +141,13 @@ def _raw_gloo(group: Any, queries: int) -> Sides:
     def max_and_sum() -> AttentionState:
         """Shyam et al. 2024, algorithm 3, with numerator and denominator in one message."""
         top = state.lse.clone()
-        group.allreduce([top], largest).wait()
+        gloo.group.allreduce([top], largest).wait()
         weight = (state.lse - top).exp().unsqueeze(-1)
         sums = torch.cat([state.out * weight, weight], dim=-1)
-        group.allreduce([sums], total).wait()
+        gloo.group.allreduce([sums], total).wait()
         return AttentionState(sums[..., :-1] / sums[..., -1:], top + sums[..., -1].log())
 
     return {
         MAX_AND_SUM: max_and_sum,
-        "gloo all_reduce": lambda: group.allreduce([flat], total).wait(),
+        "gloo all_reduce": lambda: gloo.group.allreduce([flat], total).wait(),
     }
