@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shardsum import KVCache, Layout, Mismatch, Unsupported, connect, launch, shard
 from shardsum.comm import Communicator
+from shardsum.kv.prepared_calls import CALLS
 from shardsum.prepared import PreparedCall
 
 from . import dense
@@ -442,3 +443,30 @@ def test_a_call_with_gradients_is_another() -> None:
     cache.attend(0, q).sum().backward()
     assert q.grad is not None
     assert float(q.grad.abs().sum()) > 0
+
+
+def decoded_in_many_ways(comm: Communicator, plain: bool) -> list[Tensor]:
+    """A few steps of two layers, each with more kinds of calls than are remembered; `plain`: none is."""
+    q, k, v = tokens(20)
+    cache = new_cache(comm, layers=2)
+    if plain:
+        cache._calls.get = lambda key, options, make: make()  # type: ignore[method-assign]
+    outs = []
+    for step in range(12, 20):
+        new = slice(0 if step == 12 else step - 1, step)
+        for layer in range(2):
+            cache.append(layer, k[:, :, new], v[:, :, new])
+            last = q[:, :, step - 1 : step]
+            outs += [cache.attend(layer, last, window=(left, 0)) for left in range(CALLS + 2)]
+        if step == 15:
+            cache.reorder([1, 0])
+        if step == 17:
+            cache.crop(14)
+    return outs
+
+
+@ranks
+def test_calls_that_are_remembered_give_what_calls_made_anew_give(size: int) -> None:
+    found, expected = (launch(decoded_in_many_ways, size, "threads", (plain,)) for plain in (False, True))
+    for ours, plain in zip(found, expected, strict=True):
+        assert all(map(torch.equal, ours, plain))

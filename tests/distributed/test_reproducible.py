@@ -17,7 +17,7 @@ from jaxtyping import config
 from torch import Tensor
 
 import shardsum
-from shardsum import KVCache, launch, tree
+from shardsum import KVCache, launch, placement, tree
 from shardsum.comm import Communicator
 from shardsum.kernels import along_tree, available
 from shardsum.strategies import STRATEGIES, Ulysses
@@ -344,7 +344,8 @@ def test_a_changed_line_of_the_tree_is_seen(change: str, strategy: str, monkeypa
     changed: dict[str, Any] = {}
     exec(source.replace(line, other), vars(sys.modules[getattr(home, name).__module__]), changed)
     monkeypatch.setattr(home, name, changed[name])
-    monkeypatch.setattr(tree, "cover", tree.cover.__wrapped__)  # what it keeps is the unchanged tree's
+    monkeypatch.setattr(placement, "cover", tree.cover.__wrapped__)  # what it keeps is the unchanged tree's
     monkeypatch.setattr(sys.modules[__name__], "expected", functools.cache(expected.__wrapped__))
-    with pytest.raises(AssertionError, match="Case"):
+    # Other bits; or nodes that are not those which the ranks count on.
+    with pytest.raises((AssertionError, RuntimeError), match="Case|size of tensor"):
         check(2, "threads", cases)

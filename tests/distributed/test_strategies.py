@@ -22,7 +22,7 @@ from .cases import LAYOUTS, MASKS, Case, layout_of, recorded, run_all, run_case,
 pytestmark = pytest.mark.filterwarnings("ignore::shardsum.NonFiniteWarning")
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [1, 2, 3, pytest.param(5, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("which", ["sample", "corners", pytest.param("matrix", marks=pytest.mark.nightly)])
 def test_against_float64_on_every_rank(size: int, which: str) -> None:
     counts = launch(run_all, ranks=size, transport="threads", args=(which,))

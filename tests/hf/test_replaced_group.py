@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from shardsum.comm.group import subgroup
+from shardsum.comm import subgroup
 from shardsum.hf import generate, sharded, training
 from shardsum.launching import launch
 

@@ -169,7 +169,7 @@ class GradientsOfNodes:
         return of_q, Forest(segments(q_len), torch.add, no_kv, d_kv), d_bias
 
     def of(self, rows: slice, keys: slice) -> Gradients | None:
-        """Of whole nodes of both trees; None where no row sees a key."""
+        """Return the gradients of whole nodes of both trees; None where no row sees a key."""
         if not self._visible(rows, keys):
             return None
         by_trees = self._kernel.backward_by_trees(self._scores) and len(self._intervals) == 1

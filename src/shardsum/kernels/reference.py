@@ -102,7 +102,7 @@ class EagerKernel(Kernel):
 
 
 class ReferenceKernel(EagerKernel):
-    """The same in float64, rounded once at the end: for tests and small sums."""
+    """Scores, exponentials and sums in float64, rounded once at the end: for tests and small sums."""
 
     name = "reference"
     definition = True

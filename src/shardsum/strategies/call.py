@@ -83,6 +83,7 @@ class Call:
         scores, bounds = self._local(rows_of, keys_of, rows, keys)
         problem = self.problem
         if problem.reproducible:
+            block = block.dense(problem.dtype)  # alike, whether it stays or travels
             spans = _spans(problem.keys.runs(keys_of), keys, problem.mask.kv_len)
             forest = states_of_nodes(self.kernel, q, block, bounds, scores, spans, problem.mask.kv_len)
             state: Partial[AttentionState] = AlongTree(forest, STATES)
