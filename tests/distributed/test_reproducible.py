@@ -347,5 +347,5 @@ def test_a_changed_line_of_the_tree_is_seen(change: str, strategy: str, monkeypa
     monkeypatch.setattr(placement, "cover", tree.cover.__wrapped__)  # what it keeps is the unchanged tree's
     monkeypatch.setattr(sys.modules[__name__], "expected", functools.cache(expected.__wrapped__))
     # Other bits; or nodes that are not those which the ranks count on.
-    with pytest.raises((AssertionError, RuntimeError), match="Case|size of tensor"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"Case|size of tensor"):
         check(2, "threads", cases)
