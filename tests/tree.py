@@ -23,8 +23,8 @@ COLUMNS = 120
 OUTSIDE = {
     "native/": "the kernels in C++, compiled for each instruction set, chosen at run time",
     "tests/": "mirrors src; dense.py is attention written a second time, independently, in float64",
-    "  distributed/": "every strategy x layout x mask on 1 to 5 ranks, random problems with all gradients, and "
-    "the traps: bugs put back on purpose",
+    "  distributed/": "every kernel x strategy x layout x mask on 1 to 5 ranks (make test: a sample), random "
+    "problems with all gradients, and the traps: bugs put back on purpose",
     "  hosts/": "several hosts, made of network namespaces",
     "  properties/": "the merge laws, and the bound on errors beside 50 digits (exact.py), by Hypothesis",
     "  contracts.py": "what every communicator must do",
@@ -33,9 +33,9 @@ OUTSIDE = {
     "  unpickling/": "a bomb in place of pickle's loaders",
     "benchmarks/": "ratios against one process, other libraries beside ours, memory by ranks; results/ in JSON",
     "examples/": "numbered; CI compares what they print",
-    "docs/": "choose.md: which strategy, layout, kernel and transport; extending.md: adding one of each; log.md: "
-    "what was measured and tried; defense-of-design.md: why it is built this way; theory.md: what rounding can "
-    "do; reproducible.md, hosts.md, security.md",
+    "docs/": "choose.md: which strategy, layout, kernel and transport; extending.md: adding one of each; "
+    "native.md: the C++; log.md: what was measured and tried; defense-of-design.md: why it is built this way; "
+    "theory.md: what rounding can do; reproducible.md, hosts.md, security.md",
 }
 
 
