@@ -127,12 +127,11 @@ class Placement:
         self, size: int, rank: Numbers, start: Numbers, count: Numbers, step: Numbers | None = None
     ) -> None:
         """A table whose rows are sorted by rank, then start; empty runs are left out, touching ones become one."""
-        self.size = size
-        self.table = _joined(rank, start, count, step)
-        self.rank, self.start, self.count, self.step = self.table
-        self.counts: Int[Tensor, " ranks"] = torch.zeros(size, dtype=torch.int64).index_add_(
-            0, self.rank, self.count
-        )
+        self._take(size, _joined(rank, start, count, step))
+
+    def _take(self, size: int, table: Table) -> None:
+        self.size, self.table = size, table
+        self.rank, self.start, self.count, self.step = table
         self._runs: dict[int, Runs] = {}
 
     @classmethod
@@ -144,11 +143,12 @@ class Placement:
     @classmethod
     def of_runs(cls, runs: Sequence[Runs]) -> Placement:
         """The placement in which rank r holds runs[r]."""
-        rank = torch.arange(len(runs)).repeat_interleave(torch.tensor([len(one.start) for one in runs]))
-        start, count, step = (
-            torch.cat([getattr(one, name) for one in runs]) for name in ("start", "count", "step")
-        )
-        return cls(len(runs), rank, start, count, step)
+        placement = cls.__new__(cls)
+        rank = [torch.full_like(one.start, number) for number, one in enumerate(runs)]
+        columns = zip(*((one.start, one.count, one.step) for one in runs), strict=True)
+        placement._take(len(runs), Table(torch.cat(rank), *map(torch.cat, columns)))
+        placement._runs = dict(enumerate(runs))
+        return placement
 
     @classmethod
     def contiguous(cls, lengths: Sequence[int]) -> Placement:
@@ -164,13 +164,18 @@ class Placement:
         """
         if len(set(lengths)) > 1:
             raise Mismatch(f"q_replicated needs the same queries on every rank: got {list(lengths)} queries.")
-        size = len(lengths)
-        start = torch.zeros(size, dtype=torch.int64)
-        return cls(size, torch.arange(size), start, start + lengths[0])
+        return _replicated(len(lengths), lengths[0])
+
+    @functools.cached_property
+    def counts(self) -> Int[Tensor, " ranks"]:
+        """How many positions each rank holds."""
+        return torch.zeros(self.size, dtype=torch.int64).index_add_(0, self.rank, self.count)
 
     @functools.cached_property
     def lengths(self) -> list[int]:
-        """How many positions each rank holds."""
+        """How many positions each rank holds, as numbers of Python."""
+        if len(self._runs) == self.size:
+            return [len(self._runs[rank]) for rank in range(self.size)]
         lengths: list[int] = self.counts.tolist()
         return lengths
 
@@ -225,6 +230,12 @@ class Placement:
         """The placement itself. Raises: Unsupported, on every rank alike, where a segment is cut."""
         check_whole_segments(self, self.end)
         return self
+
+
+@functools.lru_cache(maxsize=64)  # each token of a decoder asks
+def _replicated(size: int, length: int) -> Placement:
+    start = torch.zeros(size, dtype=torch.int64)
+    return Placement(size, torch.arange(size), start, start + length)
 
 
 def check_whole_segments(runs: Runs | Placement, length: int) -> None:

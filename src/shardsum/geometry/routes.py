@@ -32,12 +32,17 @@ class Route:
     def __init__(self, items: Placement, wanted: Ranges) -> None:
         """`items`: where they lie; `wanted`: by each rank, global numbers of items, its own among them or not."""
         self.size = items.size
+        self._hops: dict[tuple[int, int], Tensor] = {}
+        if items.size == 1:  # nothing moves
+            self._owner, self._count = items.rank, items.count
+            self._arms = {way: torch.zeros_like(items.count) for way in (UP, DOWN)}
+            self._farthest = {UP: 0, DOWN: 0}
+            return
         pieces = _pieces(items, wanted)
         self._owner, self._count = pieces.owner, pieces.items
         up, down = _hops(pieces, wanted, items.size)
         self._arms = {UP: up, DOWN: down}
         self._farthest = {way: int(arm.max()) if len(arm) else 0 for way, arm in self._arms.items()}
-        self._hops: dict[tuple[int, int], Tensor] = {}
 
     def hops(self, owner: int, way: int) -> Int[Tensor, " items"]:
         """How many hops each item of an owner's shard goes up, or down, the ring."""
