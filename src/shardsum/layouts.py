@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .errors import Unsupported
+from .memory import remembered
 from .placement import Placement, Positions
 
 NAMES = ("contiguous", "zigzag", "striped")
@@ -89,7 +90,7 @@ class Layout:
         """The layout as JSON values, for the agreement."""
         return [self.name, *self.weights, *self.documents]
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019 (layouts are values; each layer of a model asks)
+    @remembered  # each layer of a model asks
     def placement(self, length: int, size: int, unit: int = 1) -> Placement:
         """Where a sequence of `length` positions lies on `size` ranks.
 

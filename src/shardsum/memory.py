@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor
+
+Make = TypeVar("Make", bound=Callable[..., Any])
+
+
+def remembered(make: Make) -> Make:
+    """Decorate a function of few values: its results are shared, outside of inference mode."""
+    cached = functools.lru_cache(maxsize=64)(make)
+
+    @functools.wraps(make)
+    def found(*values: Any) -> Any:
+        return make(*values) if torch.is_inference_mode_enabled() else cached(*values)
+
+    return cast(Make, found)
 
 
 def kept_memory(*shape: int, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:

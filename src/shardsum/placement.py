@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from .errors import Mismatch, Unsupported
+from .memory import remembered
 from .tree import SEGMENT, Node, cover, segments
 
 Positions = Int[Tensor, " positions"]
@@ -232,7 +233,7 @@ class Placement:
         return self
 
 
-@functools.lru_cache(maxsize=64)  # each token of a decoder asks
+@remembered  # each token of a decoder asks
 def _replicated(size: int, length: int) -> Placement:
     start = torch.zeros(size, dtype=torch.int64)
     return Placement(size, torch.arange(size), start, start + length)
