@@ -6,7 +6,6 @@ ranks. Positions on a rank are increasing. There are no divisibility rules; a ra
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -172,7 +171,6 @@ def _striped(length: int, size: int, unit: int) -> Placement:
     return Placement(size, rank, start, (length - start).clamp(max=unit))
 
 
-@functools.lru_cache(maxsize=16)  # each layer of a model asks
 def _packed(documents: tuple[int, ...], size: int) -> Placement:
     """What each rank holds, as `Layout.packed` says.
 

@@ -128,11 +128,6 @@ class AlongTree(Partial[T]):
     def __init__(self, forest: Forest[T], monoid: Monoid[T]) -> None:
         self.forest, self.monoid = forest, monoid
 
-    @classmethod
-    def of(cls, count: int, nothing: T, nodes: dict[Node, T], monoid: Monoid[T]) -> AlongTree[T]:
-        """The results of these nodes of a tree over `count` segments; `nothing` is that of no keys at all."""
-        return cls(Forest(count, monoid.combine_in_tree, nothing, nodes), monoid)
-
     def union(self, other: AlongTree[T]) -> AlongTree[T]:
         return AlongTree(self.forest.union(other.forest), self.monoid)
 
@@ -177,7 +172,7 @@ class AlongTree(Partial[T]):
         return torch.cat(numbers, dim=-1) if numbers else self.monoid.to_numbers(self.forest.nothing)[..., :0]
 
 
-def union(parts: Iterable[Partial[T]]) -> Partial[T]:
+def union(parts: Iterable[P]) -> P:
     """The partial result of all `parts` together: one at least, all of one kind."""
     return functools.reduce(lambda one, other: one.union(other), parts)
 

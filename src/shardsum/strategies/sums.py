@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from ..collectives import all_reduce_states, reduce_over_ranks, reduce_scatter_states, sum_scatter
 from ..comm import Communicator
 from ..geometry import Nodes, key_nodes, state_nodes
-from ..partials import Partial
+from ..partials import Partial, union
 from ..state import AttentionState
 from .call import Call
 
@@ -66,5 +65,4 @@ def _shapes(comm: Communicator, part: Partial[Any], nodes: Nodes) -> list[tuple[
 
 
 def _joined(received: Sequence[Tensor], nodes: Nodes, like: P) -> P:
-    parts = [like.from_numbers(numbers, nodes.of_rank(rank)) for rank, numbers in enumerate(received)]
-    return functools.reduce(lambda one, other: one.union(other), parts)
+    return union(like.from_numbers(numbers, nodes.of_rank(rank)) for rank, numbers in enumerate(received))
