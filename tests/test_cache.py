@@ -11,8 +11,8 @@ from torch import Tensor
 
 from shardsum import KVCache, Layout, Mismatch, Unsupported, connect, launch, shard
 from shardsum.comm import Communicator
-from shardsum.kv.prepared_calls import CALLS
 from shardsum.prepared import PreparedCall
+from shardsum.prepared_calls import CALLS
 
 from . import dense
 from .tolerances import OF_16_BITS, STATE, assert_close

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,10 @@ from .tree import unit
 Indices = Int[Tensor, " entries"] | Sequence[int]
 Window = tuple[int | None, int | None]
 _LARGEST_BITS = 40  # of positions: sums of a few stay within int64
+_WHOLE = (torch.int64, torch.int32)
+_INDICES = ("cu_seqlens", "cu_seqlens_k", "key_range", "prefix", "q_start")
+# So many indices, and no more, are copied from a tensor to be recognised at the next call.
+_MOST_SETTLED = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +136,7 @@ class Arguments:
             start, end = (_per_sequence("key_range", bound, batch) for bound in self.key_range)
             key_range = (start, end)
         q_start = None if self.q_start is None else _per_sequence("q_start", self.q_start, batch)
-        if self.lengths is not None:
+        if self.lengths is not None and set(self.lengths) != {kv_len}:
             lengths = torch.tensor(self.lengths)
             start, end = (torch.zeros_like(lengths), lengths) if key_range is None else key_range
             key_range = (start, torch.minimum(end, lengths))
@@ -150,6 +154,20 @@ class Arguments:
             sink_tokens=self.sink_tokens,
             key_intervals=key_intervals,
         )
+
+
+def settled(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a call in which indices that may change, as lists and tensors can, are tuples if they are few.
+
+    What is wrong with them stays for `Arguments.describe` to refuse.
+    """
+    return {name: _settled(value) if name in _INDICES else value for name, value in options.items()}
+
+
+def _settled(value: Any) -> Any:
+    if type(value) is Tensor and value.numel() <= _MOST_SETTLED and value.dtype in _WHOLE:
+        value = value if value.is_meta else value.tolist()
+    return tuple(map(_settled, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _check_scores(arguments: Arguments, sizes: Sizes) -> None:

@@ -20,6 +20,7 @@ def native_module() -> Any:  # the module is compiled
         return None
 
 
-def instruction_sets() -> list[str]:
+@functools.cache
+def instruction_sets() -> tuple[str, ...]:
     """Return the instruction sets that the module can use on this machine, the best first."""
-    return [] if native_module() is None else list(native_module().instruction_sets())
+    return () if native_module() is None else tuple(native_module().instruction_sets())

@@ -14,7 +14,7 @@ Make = TypeVar("Make", bound=Callable[..., Any])
 
 def remembered(make: Make) -> Make:
     """Decorate a function of few values: its results are shared, outside of inference mode."""
-    cached = functools.lru_cache(maxsize=64)(make)
+    cached = functools.lru_cache(maxsize=16)(make)
 
     @functools.wraps(make)
     def found(*values: Any) -> Any:

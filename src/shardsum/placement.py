@@ -46,8 +46,6 @@ class Runs:
 
     def __init__(self, start: Numbers, count: Numbers, step: Numbers) -> None:
         self.start, self.count, self.step = start, count, step
-        self._first = count.cumsum(0) - count  # the local index of each run's first position
-        self._length = int(count.sum())
         self._spans: dict[int, list[tuple[Node, slice]]] = {}
 
     @classmethod
@@ -66,6 +64,15 @@ class Runs:
 
     def __len__(self) -> int:
         return self._length
+
+    @functools.cached_property
+    def _length(self) -> int:
+        return int(self.count.sum())
+
+    @functools.cached_property
+    def _first(self) -> Numbers:
+        """The local index of each run's first position."""
+        return self.count.cumsum(0) - self.count
 
     @functools.cached_property
     def positions(self) -> Positions:
@@ -128,11 +135,7 @@ class Placement:
         self, size: int, rank: Numbers, start: Numbers, count: Numbers, step: Numbers | None = None
     ) -> None:
         """A table whose rows are sorted by rank, then start; empty runs are left out, touching ones become one."""
-        self._take(size, _joined(rank, start, count, step))
-
-    def _take(self, size: int, table: Table) -> None:
-        self.size, self.table = size, table
-        self.rank, self.start, self.count, self.step = table
+        self.size, self.table = size, _joined(rank, start, count, step)
         self._runs: dict[int, Runs] = {}
 
     @classmethod
@@ -145,17 +148,13 @@ class Placement:
     def of_runs(cls, runs: Sequence[Runs]) -> Placement:
         """The placement in which rank r holds runs[r]."""
         placement = cls.__new__(cls)
-        rank = [torch.full_like(one.start, number) for number, one in enumerate(runs)]
-        columns = zip(*((one.start, one.count, one.step) for one in runs), strict=True)
-        placement._take(len(runs), Table(torch.cat(rank), *map(torch.cat, columns)))
-        placement._runs = dict(enumerate(runs))
+        placement.size, placement._runs = len(runs), dict(enumerate(runs))
         return placement
 
     @classmethod
     def contiguous(cls, lengths: Sequence[int]) -> Placement:
         """The placement in which ranks hold pieces of these lengths, one behind the other."""
-        count = torch.tensor(lengths, dtype=torch.int64)
-        return cls(len(lengths), torch.arange(len(lengths)), count.cumsum(0) - count, count)
+        return _contiguous(tuple(lengths))
 
     @classmethod
     def replicated(cls, lengths: Sequence[int]) -> Placement:
@@ -166,6 +165,30 @@ class Placement:
         if len(set(lengths)) > 1:
             raise Mismatch(f"q_replicated needs the same queries on every rank: got {list(lengths)} queries.")
         return _replicated(len(lengths), lengths[0])
+
+    @functools.cached_property
+    def table(self) -> Table:
+        """The runs of all ranks, in rank order; made when it is asked for where the ranks' runs came first."""
+        runs = [self._runs[rank] for rank in range(self.size)]
+        rank = [torch.full_like(one.start, number) for number, one in enumerate(runs)]
+        columns = zip(*((one.start, one.count, one.step) for one in runs), strict=True)
+        return Table(torch.cat(rank), *map(torch.cat, columns))
+
+    @property
+    def rank(self) -> Numbers:
+        return self.table.rank
+
+    @property
+    def start(self) -> Numbers:
+        return self.table.start
+
+    @property
+    def count(self) -> Numbers:
+        return self.table.amount
+
+    @property
+    def step(self) -> Numbers:
+        return self.table.step
 
     @functools.cached_property
     def counts(self) -> Int[Tensor, " ranks"]:
@@ -233,7 +256,14 @@ class Placement:
         return self
 
 
-@remembered  # each token of a decoder asks
+# What each call asks for is remembered.
+@remembered
+def _contiguous(lengths: tuple[int, ...]) -> Placement:
+    count = torch.tensor(lengths, dtype=torch.int64)
+    return Placement(len(lengths), torch.arange(len(lengths)), count.cumsum(0) - count, count)
+
+
+@remembered
 def _replicated(size: int, length: int) -> Placement:
     start = torch.zeros(size, dtype=torch.int64)
     return Placement(size, torch.arange(size), start, start + length)

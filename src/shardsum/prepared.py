@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import Arguments
+from .arguments import Arguments, settled
 from .blocks import Dense
 from .choice import Choice, choose
 from .collectives import as_collective
 from .comm import Communicator, Description, agree, mistakes_reach_all
 from .errors import Unsupported
-from .kernels import Kernel, OutputGradient, as_kernel
+from .kernels import OutputGradient, as_kernel
 from .layouts import as_layout
 from .placement import Placement
+from .prepared_calls import PreparedCalls
 from .problem import Problem, Sizes, state_dtype
 from .scores import Scores
 from .state import AttentionState, merge
@@ -35,7 +36,16 @@ def attend(
     `name` is that of the call, alike on every rank.
     """
     with mistakes_reach_all(comm):
-        prepared = PreparedCall(comm, Sizes.of(q, k, v), (q, k, v), arguments)
+        sizes, inputs = Sizes.of(q, k, v), (q, k, v)
+
+        options = settled(vars(arguments))
+
+        def make() -> PreparedCall:
+            return PreparedCall(comm, sizes, inputs, Arguments(**options))
+
+        kept = comm.prepared.get("attention", 0, PreparedCalls[PreparedCall])
+        key = (sizes, q.device, differentiable(inputs, arguments), torch.get_float32_matmul_precision())
+        prepared = make() if kept is None else kept.get(key, options, make)
     return prepared.attend(q, [PlacedBlock(Dense(k, v))], name)
 
 
@@ -58,6 +68,7 @@ class PreparedCall:
     ) -> None:
         self._comm, self._arguments, self._keys, self._sizes = comm, arguments, keys, sizes
         self._device = inputs[0].device
+        self._kernel = as_kernel(arguments.kernel, self._device, (sizes.head_dim, sizes.v_dim))
         self._differentiable = differentiable(inputs, arguments)
         if self._differentiable and kind != Dense.kind:
             raise Unsupported(f"{kind} keys have no gradients. Call under torch.no_grad().")
@@ -69,7 +80,7 @@ class PreparedCall:
             "v_dim": sizes.v_dim,
             "dtype": str(sizes.dtype),
             "device": self._device.type,
-            "kernel": self._as_kernel().name,
+            "kernel": self._kernel.name,
             "gradients": self._differentiable,
             "keys": kind,
             **arguments.describe(sizes),
@@ -141,10 +152,7 @@ class PreparedCall:
             device=self._device.type,
             hosts=comm.hosts() if collective.needs_hosts else None,
         )
-        return problem, choose(problem, arguments.strategy, collective, self._as_kernel())
-
-    def _as_kernel(self) -> Kernel:
-        return as_kernel(self._arguments.kernel, self._device, (self._sizes.head_dim, self._sizes.v_dim))
+        return problem, choose(problem, arguments.strategy, collective, self._kernel)
 
     def _scores(self, q: Tensor) -> Scores:
         arguments = self._arguments

@@ -344,7 +344,8 @@ def test_a_changed_line_of_the_tree_is_seen(change: str, strategy: str, monkeypa
     changed: dict[str, Any] = {}
     exec(source.replace(line, other), vars(sys.modules[getattr(home, name).__module__]), changed)
     monkeypatch.setattr(home, name, changed[name])
-    monkeypatch.setattr(placement, "cover", tree.cover.__wrapped__)  # what it keeps is the unchanged tree's
+    for keeps in (tree.cover, placement._contiguous):  # what it keeps is the unchanged tree's
+        monkeypatch.setattr(placement, keeps.__name__, keeps.__wrapped__)  # type: ignore[attr-defined]
     monkeypatch.setattr(sys.modules[__name__], "expected", functools.cache(expected.__wrapped__))
     # Other bits; or nodes that are not those which the ranks count on.
     with pytest.raises((AssertionError, RuntimeError), match=r"Case|size of tensor"):

@@ -83,7 +83,10 @@ def intervals(problem: Problem, rows_of: int) -> list[Bounds]:
 @per_problem
 def local_intervals(problem: Problem, rows_of: int, keys_of: int) -> list[Bounds]:
     """The keys of one rank that each query row of another sees, as local indices."""
-    return localized(intervals(problem, rows_of), problem.keys.runs(keys_of))
+    bounds = intervals(problem, rows_of)
+    if problem.kv_len(keys_of) == problem.mask.kv_len:  # the rank has all keys
+        return bounds
+    return localized(bounds, problem.keys.runs(keys_of))
 
 
 def localized(bounds: list[Bounds], keys: Runs) -> list[Bounds]:

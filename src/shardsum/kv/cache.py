@@ -10,16 +10,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import Arguments, Indices, indices_of, listed, whole
+from ..arguments import Arguments, Indices, indices_of, listed, settled, whole
 from ..comm import Communicator, agree_on, as_communicator, mistakes_reach_all
 from ..errors import Unsupported
 from ..layouts import Layout, as_layout
 from ..placement import Placement
 from ..prepared import PreparedCall
+from ..prepared_calls import PreparedCalls
 from ..problem import DTYPES, Sizes
 from ..strategies import PlacedBlock
 from ..tree import unit
-from .prepared_calls import PreparedCalls
 from .slab import Layer, Shape
 from .store import Store
 
@@ -69,7 +69,7 @@ class KVCache:
             raise ValueError(f"dtype must be float64, float32, bfloat16 or float16: got {dtype}.")
         self._shape = Shape(kv_heads, dims, dtype, device, quantize is not None)
         self._store = Store(layers, self._shape, self.comm.rank, self.comm.size, self._unit)
-        self._calls = PreparedCalls()
+        self._calls: PreparedCalls[PreparedCall] = PreparedCalls()
 
     def reset(self) -> None:
         """Forget everything and give the memory back."""
@@ -143,7 +143,12 @@ class KVCache:
         `reproducible` is the cache's), as are Numerics and Raises. In a batch whose sequences have different
         lengths, each sequence's queries end at its own length.
         """
-        given = {"causal": causal, "q_replicated": q_replicated, "layout": layout or "contiguous", **options}
+        given = {
+            "causal": causal,
+            "q_replicated": q_replicated,
+            "layout": layout or "contiguous",
+            **settled(options),
+        }
         with mistakes_reach_all(self.comm):
             store = self._store.layer(layer)
             blocks = self._store.blocks(store, q.shape[0])

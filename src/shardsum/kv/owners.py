@@ -7,6 +7,7 @@ Today each rank is a group of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -15,7 +16,44 @@ from torch import Tensor
 from ..errors import Unsupported
 from ..placement import Placement, Runs, Subset
 
-Table = Int[Tensor, "runs 3"]  # start, count and step of each run
+
+class Growing(NamedTuple):
+    """Runs of which the last may still grow: the others, and (start, count, step) of the last, if there is one."""
+
+    closed: Int[Tensor, "runs 3"]
+    last: tuple[int, int, int] | None
+
+    def extended(self, start: int, count: int, step: int) -> Growing:
+        """The runs with one more behind them; it joins the last where their positions are evenly apart."""
+        if self.last is None:
+            return Growing(self.closed, (start, count, step))
+        first, before, apart = self.last
+        gap = start - first - (before - 1) * (apart if before > 1 else 0)
+        if (before == 1 or gap == apart) and (count == 1 or gap == step):
+            return Growing(self.closed, (first, before + count, gap))
+        return Growing(self.table, (start, count, step))
+
+    def cropped(self, length: int) -> Growing:
+        """The runs without their positions from `length` on."""
+        start, count, step = self.table.unbind(1)
+        count = torch.minimum(count, ((length - start + step - 1) // step).clamp(min=0))
+        table = torch.stack([start, count, step], dim=1)[count > 0]
+        return Growing(table[:-1], tuple(table[-1].tolist())) if len(table) else _NO_RUNS
+
+    @property
+    def table(self) -> Int[Tensor, "runs 3"]:
+        """Start, count and step of each run."""
+        if self.last is None:
+            return self.closed
+        last = torch.tensor([self.last])
+        return torch.cat([self.closed, last]) if len(self.closed) else last
+
+    @property
+    def runs(self) -> Runs:
+        return Runs(*self.table.t().contiguous())
+
+
+_NO_RUNS = Growing(torch.zeros(0, 3, dtype=torch.int64), None)
 
 
 class Owners:
@@ -30,7 +68,7 @@ class Owners:
         self.size, self._unit = size, unit
         self.holders = [[rank] for rank in range(size)] if holders is None else [list(ranks) for ranks in holders]
         self.length = self.version = 0
-        self._runs = [torch.zeros(0, 3, dtype=torch.int64)] * len(self.holders)
+        self._runs = [_NO_RUNS] * len(self.holders)
         self._known: tuple[int, list[Runs], Placement] | None = None  # for the length that was asked for last
 
     def placement(self, length: int) -> Placement:
@@ -109,14 +147,14 @@ class Owners:
     def crop(self, length: int) -> None:
         """Forget who holds positions from `length` on: they may come to lie elsewhere."""
         if length < self.length:
-            self._runs = [_cropped(runs, length) for runs in self._runs]
+            self._runs = [growing.cropped(length) for growing in self._runs]
             self.length = length
             self._changed()
 
     def _at(self, length: int) -> tuple[list[Runs], Placement]:
         if self._known is None or self._known[0] != length:
-            tables = self._runs if length >= self.length else [_cropped(runs, length) for runs in self._runs]
-            runs = [Runs(*table.t().contiguous()) for table in tables]
+            whole = length >= self.length
+            runs = [(growing if whole else growing.cropped(length)).runs for growing in self._runs]
             self._known = (
                 length,
                 runs,
@@ -133,32 +171,14 @@ class Owners:
         return Runs.of(torch.cat(positions).sort().values)
 
     def _group_of_last(self) -> int:
-        lasts = (Runs(*table[-1:].t().contiguous()) for table in self._runs)
-        return [last.end for last in lasts].index(self.length)
+        ends = [0 if last is None else last[0] + (last[1] - 1) * last[2] + 1 for _, last in self._runs]
+        return ends.index(self.length)
 
     def _add(self, group: int, start: int, count: int, step: int = 1) -> None:
         if count > 0:
-            self._runs[group] = _extended(self._runs[group], start, count, step)
+            self._runs[group] = self._runs[group].extended(start, count, step)
             self._changed()
 
     def _changed(self) -> None:
         self.version += 1
         self._known = None
-
-
-def _extended(table: Table, start: int, count: int, step: int) -> Table:
-    """The runs with one more behind them; it joins the last where their positions are evenly apart."""
-    if len(table):
-        first, before, apart = table[-1].tolist()
-        gap = start - first - (before - 1) * (apart if before > 1 else 0)
-        if (before == 1 or gap == apart) and (count == 1 or gap == step):
-            table = table.clone()
-            table[-1] = torch.tensor([first, before + count, gap])
-            return table
-    return torch.cat([table, torch.tensor([[start, count, step]])])
-
-
-def _cropped(table: Table, length: int) -> Table:
-    start, count, step = table.unbind(1)
-    count = torch.minimum(count, ((length - start + step - 1) // step).clamp(min=0))
-    return torch.stack([start, count, step], dim=1)[count > 0]

@@ -61,7 +61,9 @@ class Store:
             slab.reserve(len(start), len(runs))
             for row, base, count in together if even else single:
                 # Slots are in the order of positions: those of new tokens follow each other.
-                first, last = runs.below(torch.tensor([base, base + count])).tolist()
+                first, last = base, base + count
+                if len(runs) < max(ends):  # other groups have positions between
+                    first, last = runs.below(torch.tensor([first, last])).tolist()
                 come: slice | Tensor = slice(last - first)
                 if shards is None and last - first < count:  # not all new tokens are the group's
                     come = (runs.at(torch.arange(first, last)) - base).to(k.device)

@@ -1,18 +1,20 @@
-"""Calls that are prepared once and made again for the next layer: a cache's fast path."""
+"""Calls that are prepared once and made again, for the next layer or step: the fast path of every call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Generic, TypeVar
 
-from ..layouts import Layout
-from ..prepared import PreparedCall
+import torch
 
+from .layouts import Layout
+
+Call = TypeVar("Call")
 # How many kinds of calls are remembered: more than models have kinds of layers.
 CALLS = 8
 
 
-class PreparedCalls:
+class PreparedCalls(Generic[Call]):
     """The prepared calls of the last few kinds of call: `get` makes what it has not, the plain way.
 
     A call is known by everything that it is made of. Where that is something that may change (a tensor, an
@@ -21,21 +23,21 @@ class PreparedCalls:
     """
 
     def __init__(self) -> None:
-        self._calls: dict[Hashable, PreparedCall] = {}
+        self._calls: dict[Hashable, Call] = {}
 
-    def get(
-        self, key: tuple[Hashable, ...], options: dict[str, Any], make: Callable[[], PreparedCall]
-    ) -> PreparedCall:
+    def get(self, key: tuple[Hashable, ...], options: Mapping[str, Any], make: Callable[[], Call]) -> Call:
         """The call for a key and options: the one that `make` gave before, or gives now."""
         try:
-            key = (*key, *((name, _exactly(options[name])) for name in sorted(options)))
+            values = tuple([_exactly(value) for value in options.values()])
         except _MayChange:
             return make()
-        call = self._calls.get(key)
+        # What inference mode makes can't be used outside it.
+        known_by = (*key, torch.is_inference_mode_enabled(), *options, *values)
+        call = self._calls.get(known_by)
         if call is None:
             if len(self._calls) == CALLS:
                 del self._calls[next(iter(self._calls))]  # the oldest
-            call = self._calls[key] = make()
+            call = self._calls[known_by] = make()
         return call
 
 
@@ -45,8 +47,10 @@ class _MayChange(Exception):
 
 def _exactly(value: object) -> Hashable:
     """What is equal for values that are equal and alike: 1, 1.0 and True are not."""
+    if value is None or value is False or value is True or type(value) is str:
+        return value, type(value)
     if type(value) is tuple:
         return tuple(map(_exactly, value))
-    if value is None or type(value) in (bool, int, float, str, Layout):
-        return type(value), value
+    if type(value) in (int, float, Layout):
+        return value, type(value)
     raise _MayChange
