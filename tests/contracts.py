@@ -20,6 +20,7 @@ from shardsum.comm.memory import (
     BUFFERS,
     PREPARED,
     PREPARED_BYTES,
+    PREPARED_BYTES_IN_ALL,
     FreshBuffers,
     KeptBuffers,
     PreparedOperations,
@@ -191,6 +192,9 @@ def check_prepared_operations_beyond_their_bound(comm: Communicator) -> None:
     assert operations.get(PREPARED, 1, lambda: 0) is None
     assert operations.get("large", PREPARED_BYTES + 1, lambda: 0) is None
     assert operations.get(0, 1, lambda: 0) == 1, "what was made stays"
+    full, places = PreparedOperations(), PREPARED_BYTES_IN_ALL // PREPARED_BYTES
+    assert all(full.get(key, PREPARED_BYTES, lambda: 1) for key in range(places))
+    assert full.get(places, 1, lambda: 1) is None
     collective = as_collective("all_gather")
     with _plainly(comm, prepared=operations):  # there is no place left: agreement and states go the plain way
         assert agree(comm, {"causal": True}, comm.rank) == [(rank, 0) for rank in range(comm.size)]

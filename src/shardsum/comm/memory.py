@@ -13,8 +13,8 @@ T = TypeVar("T")
 # Working memory up to this size is kept, of at most this many different sizes: the system takes longer to give
 # 4 MB than to copy them.
 BUFFER_BYTES, BUFFERS = 1 << 24, 8
-# Operations on at most this much memory are prepared, and at most this many: 64 MB in all.
-PREPARED_BYTES, PREPARED = 1 << 20, 64
+# At most this many operations are prepared, on at most this much memory each, and in all.
+PREPARED, PREPARED_BYTES, PREPARED_BYTES_IN_ALL = 64, 1 << 24, 1 << 26
 
 Buffer = tuple[Tensor, list[Tensor]]
 
@@ -61,15 +61,18 @@ class PreparedOperations:
 
     def __init__(self, most: int = PREPARED) -> None:
         """`most`: how many are made; with 0 everything is done the plain way."""
-        self._most = most
+        self._most, self._bytes_left = most, PREPARED_BYTES_IN_ALL
         self._operations: dict[Hashable, Any] = {}
 
     def get(self, key: Hashable, held_bytes: int, make: Callable[[], T]) -> T | None:
         """What `make` gave for this key, or gives now; None where it is to be done the plain way."""
         operation: T | None = self._operations.get(key)
-        if operation is None and held_bytes <= PREPARED_BYTES and len(self._operations) < self._most:
+        fits = held_bytes <= min(PREPARED_BYTES, self._bytes_left) and len(self._operations) < self._most
+        if operation is None and fits:
+            self._bytes_left -= held_bytes
             operation = self._operations[key] = make()
         return operation
 
     def clear(self) -> None:
         self._operations.clear()
+        self._bytes_left = PREPARED_BYTES_IN_ALL
