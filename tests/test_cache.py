@@ -219,7 +219,7 @@ def test_ranks_in_different_layers_are_told() -> None:
 
 def test_what_a_cache_refuses() -> None:
     cache = KVCache(comm=connect("single"), layers=1, kv_heads=1, head_dim=2)
-    with pytest.raises(ValueError, match="length must be 0 or more: got -1"):
+    with pytest.raises(ValueError, match="length must be at least 0: got -1"):
         cache.crop(-1)
     with pytest.raises(ValueError, match="layer must be one of the cache's 1: got 1"):
         cache.append(1, torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2))
@@ -340,7 +340,7 @@ def attended_after_every_change(comm: Communicator, seed: int) -> None:
         at += new
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (1, 2))])
 @pytest.mark.parametrize("size", [1, 3])
 def test_nothing_is_remembered_too_long(size: int, seed: int) -> None:
     launch(attended_after_every_change, ranks=size, transport="threads", args=(seed,), deadline=10.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +18,12 @@ from .kernels import Kernel
 from .layouts import Layout, as_layout
 from .masks import Mask
 from .problem import Sizes, state_dtype
+from .scalars import LARGEST_BITS, at_least, flag, real, shown, whole
 from .strategies import Strategy, as_strategy
-from .tree import unit
+from .tensors import check_tensors, has_numbers, no_gradient
 
 Indices = Int[Tensor, " entries"] | Sequence[int]
 Window = tuple[int | None, int | None]
-_LARGEST_BITS = 40  # of positions: sums of a few stay within int64
 _WHOLE = (torch.int64, torch.int32)
 _INDICES = ("cu_seqlens", "cu_seqlens_k", "key_range", "prefix", "q_start")
 # So many indices, and no more, are copied from a tensor to be recognised at the next call.
@@ -73,11 +72,10 @@ class Arguments:
             if pair is not None and (
                 not isinstance(pair, (tuple, list)) or [x is None for x in pair] != [False] * 2
             ):
-                raise ValueError(f"{name} must be a tuple of two: got {pair!r}.")
+                raise ValueError(f"{name} must be a tuple of two: got {shown(pair)}.")
         if self.cu_seqlens is None and self.cu_seqlens_k is not None:
             raise ValueError("cu_seqlens_k needs cu_seqlens: state the documents of the queries too.")
-        if whole("sink_tokens", self.sink_tokens) < 0:
-            raise ValueError(f"sink_tokens must be 0 or more: got {self.sink_tokens}.")
+        _check_tensors(self)
         _check_scores(self, sizes)
         if self.return_bound:
             _check_bound(self, sizes.dtype)
@@ -86,13 +84,13 @@ class Arguments:
             "layout": layout.describe(),
             "strategy": "auto" if strategy is None else strategy.name,
             "collective": as_collective(self.collective).name,
-            "causal": bool(self.causal),
+            "causal": flag("causal", self.causal),
             "window": _window(self.window),
             "cu_seqlens": _ends("cu_seqlens", self.cu_seqlens),
             "cu_seqlens_k": _ends("cu_seqlens_k", self.cu_seqlens_k),
             "key_range": None if self.key_range is None else [listed("key_range", x) for x in self.key_range],
             "prefix": listed("prefix", self.prefix),
-            "sink_tokens": whole("sink_tokens", self.sink_tokens),
+            "sink_tokens": at_least("sink_tokens", self.sink_tokens, 0),
             "key_intervals": None if intervals is None else _interval_rows(intervals, sizes),
             "scale": "a tensor" if isinstance(self.scale, Tensor) else self.scale and float(self.scale),
             "softcap": self.softcap and float(self.softcap),
@@ -101,12 +99,12 @@ class Arguments:
             "bias": None if self.bias is None else [*self.bias.shape[:2], self.bias.shape[3]],
             "dropout_p": float(self.dropout_p),
             "seed": None if self.seed is None else whole("seed", self.seed, 63),
-            "q_replicated": bool(self.q_replicated),
+            "q_replicated": flag("q_replicated", self.q_replicated),
             "q_start": listed("q_start", self.q_start),
             "q_len": None if self.q_len is None else whole("q_len", self.q_len),
             "kv_len": None if self.kv_len is None else whole("kv_len", self.kv_len),
-            "reproducible": unit(self.reproducible) > 1,
-            "return_bound": bool(self.return_bound),
+            "reproducible": flag("reproducible", self.reproducible),
+            "return_bound": flag("return_bound", self.return_bound),
             "lengths": self.lengths,
             "reordered": self.reordered,
         }
@@ -118,7 +116,7 @@ class Arguments:
         try:
             return torch.tensor(self.alibi_slopes, dtype=state_dtype(dtype))
         except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"alibi_slopes must be numbers: got {self.alibi_slopes!r}.") from None
+            raise ValueError(f"alibi_slopes must be numbers: got {shown(self.alibi_slopes)}.") from None
 
     def mask(
         self, q_len: int, kv_len: int, batch: int, key_intervals: tuple[Tensor, Tensor] | None = None
@@ -165,24 +163,38 @@ def settled(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settled(value: Any) -> Any:
-    if type(value) is Tensor and value.numel() <= _MOST_SETTLED and value.dtype in _WHOLE:
-        value = value if value.is_meta else value.tolist()
+    if (
+        isinstance(value, Tensor)
+        and value.dtype in _WHOLE
+        and has_numbers(value)
+        and value.numel() <= _MOST_SETTLED
+    ):
+        value = value.tolist()
     return tuple(map(_settled, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _check_tensors(arguments: Arguments) -> None:
+    """Refuse tensors that can't be computed with, and gradients that nothing gives."""
+    tensors = {name: value for name, value in vars(arguments).items() if isinstance(value, Tensor)}
+    check_tensors(**tensors)
+    for name, value in tensors.items():
+        if name not in ("scale", "sinks", "bias"):
+            no_gradient(name, value, f"Pass {name}.detach().")
 
 
 def _check_scores(arguments: Arguments, sizes: Sizes) -> None:
     if isinstance(arguments.scale, Tensor):
         _check_scale(arguments.scale, sizes)
-    elif arguments.scale is not None and not math.isfinite(_number("scale", arguments.scale)):
+    elif arguments.scale is not None and not math.isfinite(real("scale", arguments.scale)):
         raise ValueError(f"scale must be a finite number: got {arguments.scale}.")
-    if arguments.softcap is not None and not 0.0 < _number("softcap", arguments.softcap) < math.inf:
+    if arguments.softcap is not None and not 0.0 < real("softcap", arguments.softcap) < math.inf:
         raise ValueError(f"softcap must be a positive number: got {arguments.softcap}.")
-    if not 0.0 <= _number("dropout_p", arguments.dropout_p) < 1.0:
+    if not 0.0 <= real("dropout_p", arguments.dropout_p) < 1.0:
         raise ValueError(f"dropout_p must be at least 0 and less than 1: got {arguments.dropout_p}.")
     for name, tensor in (("sinks", arguments.sinks), ("bias", arguments.bias)):
         if tensor is not None and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
             also = " A mask is a bias of 0 and -inf." if name == "bias" else ""
-            raise ValueError(f"{name} must be a tensor of floats: got {_kind(tensor)}.{also}")
+            raise ValueError(f"{name} must be a tensor of floats: got {shown(tensor)}.{also}")
     for name, values in (("alibi_slopes", arguments.slopes(sizes.dtype)), ("sinks", arguments.sinks)):
         shape = None if values is None else tuple(values.shape)
         if shape not in (None, (sizes.q_heads,)):
@@ -228,7 +240,7 @@ def _check_scale(scale: Tensor, sizes: Sizes) -> None:
     if scale.is_complex() or not (scale.ndim == 0 or tuple(scale.shape) == (sizes.q_heads,) or per_query):
         raise ValueError(
             "scale must be a number, or a tensor (), (q_heads,) or (batch or 1, q_heads or 1, this rank's "
-            f"queries): got {_kind(scale)}, batch {sizes.batch}, {sizes.q_heads} heads, {sizes.q_len} rows."
+            f"queries): got {shown(scale)}, batch {sizes.batch}, {sizes.q_heads} heads, {sizes.q_len} rows."
         )
 
 
@@ -239,7 +251,7 @@ def _interval_rows(intervals: tuple[Tensor, Tensor], sizes: Sizes) -> int:
         if not isinstance(bound, Tensor) or bound.is_floating_point() or tuple(bound.shape) not in shapes:
             raise ValueError(
                 f"key_intervals must be (lo, hi), each whole numbers (batch or 1, {sizes.q_len} queries of this "
-                f"rank): got {' and '.join(map(_kind, intervals))}."
+                f"rank): got {' and '.join(map(shown, intervals))}."
             )
     return int(torch.broadcast_shapes(*(bound.shape for bound in intervals))[0])
 
@@ -255,43 +267,22 @@ def _window(window: Window | None) -> Window:
     except ValueError:
         pass
     raise ValueError(
-        f"window must be (left, right), each a number of keys, or None or -1 for no limit: got {window!r}."
+        f"window must be (left, right), each a number of keys, or None or -1 for no limit: got {shown(window)}."
     )
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(operator.mul(value, 1.0))  # no string: that can't be multiplied
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name} must be a number: got {value!r}.") from None
-
-
-def _kind(value: object) -> str:
-    """What a wrong value is, in words: shape and dtype of a tensor."""
-    return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)
-
-
-def whole(name: str, value: Any, bits: int = _LARGEST_BITS) -> int:
-    """The value as an int. Raises: ValueError for what is no whole number, or one of more bits."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number: got {value!r}.") from None
-    if not -(1 << bits) <= number < 1 << bits:
-        raise ValueError(f"{name} must be between -2^{bits} and 2^{bits}: got {number}.")
-    return number
 
 
 def indices_of(name: str, values: Indices | None) -> Tensor | None:
     """The values as a tensor on the CPU. Raises: ValueError for what is no whole numbers."""
     if values is None:
         return None
+    if isinstance(values, Tensor):
+        check_tensors(**{name: values})
     try:
         indices = torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name} must be whole numbers: got {values!r}.") from None
+        raise ValueError(f"{name} must be whole numbers: got {shown(values)}.") from None
     if indices.is_floating_point() and indices.numel():
-        raise ValueError(f"{name} must be whole numbers: got {values!r}.")
+        raise ValueError(f"{name} must be whole numbers: got {shown(values)}.")
     return indices.to(torch.int64)
 
 
@@ -307,7 +298,7 @@ def listed(name: str, values: int | Indices | None) -> list[int] | int | None:
     indices = indices_of(name, values)  # type: ignore[arg-type]
     if indices is None:
         return None
-    if indices.numel() and int(indices.abs().max()) > 1 << _LARGEST_BITS:
+    if indices.numel() and int(indices.abs().max()) > 1 << LARGEST_BITS:
         raise ValueError(f"{name} must be between -2^40 and 2^40: got {indices.tolist()}.")
     listed: list[int] | int = indices.tolist()
     return listed

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from .arguments import Arguments, Indices, Window, autocast
 from .collectives import Collective
-from .comm import Communicator, as_communicator
+from .comm import Communicator, as_communicator, mistakes_reach_all
+from .dtensors import local_parts
 from .kernels import Kernel
 from .layouts import Layout
 from .prepared import attend
 from .rounding import error_bound
+from .scalars import flag
 from .strategies import Strategy
 
 
@@ -56,6 +58,8 @@ def attention(
     Each rank passes its own shards, in layout order. Query t of a sequence stands at position
     t + kv_len - q_len, so the last query meets the last key, or at q_start + t.
 
+    - `q`, `k`, `v`: plain tensors, or DTensors that are sharded along dim 2 over the mesh that is `comm`, in
+      layout "contiguous"; then the output is such a DTensor too.
     - `comm`: a Communicator, a torch ProcessGroup or one-dimensional DeviceMesh; default `connect()`.
     - `layout`: "contiguous", "zigzag", "striped" or a `Layout` (`Layout.weighted`, `Layout.packed`): which
       positions each rank's shards hold; contiguous takes whatever lengths the ranks hold.
@@ -92,19 +96,25 @@ def attention(
     or no keys.
     Numerics: partial sums are float32 or wider. A row that sees no key gives 0 (lse -inf). A key that a row may
     not see contributes nothing to it, whatever it holds.
-    Gradients: of q, k, v, sinks, bias and a scale that is a tensor, once. The loss is the sum of what the ranks
+    Gradients: of q, k, v, sinks, bias and a scale that is a tensor, once; what else requires a gradient, second
+    derivatives, forward mode and torch.func are refused. The loss is the sum of what the ranks
     backpropagate; a replicated q, and a bias beside it, receive their whole gradients, sinks and scale the part of
     this rank's rows, to be summed over ranks as a weight's under sharded queries. Every rank that calls forward
     calls backward.
     Traffic: one all-gather of 64 bytes in which the ranks agree on the call, then what the strategy declares.
-    Raises: ValueError for arguments that make no sense; Mismatch on every rank where the ranks' calls differ;
-    Unsupported where a strategy or kernel can't do it; RankLost where a peer is gone.
+    Raises: ValueError for arguments that make no sense, and tensors whose numbers do not lie in memory of their
+    own (fake, meta, nested, sparse, quantized, other DTensors); Mismatch on every rank where the ranks' calls
+    differ; Unsupported where a strategy or kernel can't do it; RankLost where a peer is gone.
 
     >>> import torch
     >>> q = k = v = torch.eye(2).view(1, 1, 2, 2)
     >>> attention(q, k, v, causal=True)[0, 0, 0]
     tensor([1., 0.])
     """
+    sharded = layout == "contiguous" and q_replicated is return_state is return_bound is False
+    parts = local_parts(comm, q, k, v) if sharded else None
+    if parts is not None:
+        q, k, v = parts[0]
     arguments = Arguments(
         layout=layout,
         strategy=strategy,
@@ -134,7 +144,11 @@ def attention(
     )
     q, k, v = (autocast(x) for x in (q, k, v))
     comm = as_communicator(comm)
+    with mistakes_reach_all(comm):
+        flag("return_state", return_state)
     state = attend(comm, q, k, v, arguments)
     out = state.out if return_state else state.out.to(q.dtype)
+    if parts is not None:
+        return parts[1](out)
     result = state if return_state else out
     return (result, error_bound(comm, q, k, v, arguments, state.out, out)) if return_bound else result

@@ -20,8 +20,7 @@ from .quantized import Quantized
 class Block(ABC):
     """Some positions' keys and values.
 
-    `kind` is what ranks agree on and messages say. `tensors`: what it is made of. `inputs`: those of them that
-    gradients flow into, none where there are no gradients.
+    `kind` is what ranks agree on and messages say. `tensors`: what it is made of.
     """
 
     kind: ClassVar[str]
@@ -29,10 +28,6 @@ class Block(ABC):
     @property
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]: ...
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        return ()
 
     @property
     @abstractmethod
@@ -91,10 +86,6 @@ class Dense(Block):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.k, self.v
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
         return self.k, self.v
 
     @property

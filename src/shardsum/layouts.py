@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import Unsupported
 from .memory import remembered
 from .placement import Placement, Positions
+from .scalars import shown
 
 NAMES = ("contiguous", "zigzag", "striped")
 # What a rank's share of packed documents may lack or have too much if that saves cutting a document.
@@ -42,7 +43,7 @@ class Layout:
         if self.name not in (*NAMES, "weighted", "packed"):
             raise ValueError(
                 f"layout must be one of {', '.join(NAMES)}, Layout.weighted([...]) or Layout.packed(cu_seqlens): "
-                f"got {self.name!r}."
+                f"got {shown(self.name)}."
             )
         ends = list(self.documents)
         if self.name != "packed" and ends:

@@ -14,6 +14,7 @@ from .masks import Bounds
 from .problem import DTYPES
 from .scores import Scores
 from .state import AttentionState
+from .tensors import check_tensors, no_gradient
 
 
 def decode_paged(
@@ -58,6 +59,9 @@ def decode_paged(
 
 def _check(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor) -> None:
     tensors = {"q": q, "k_pages": k_pages, "v_pages": v_pages}
+    check_tensors(**tensors, block_table=block_table, lengths=lengths)
+    for name, x in tensors.items():
+        no_gradient(name, x, "Call under torch.no_grad(), or use attention.")
     got = ", ".join(f"{name} {tuple(x.shape)} in {x.dtype}" for name, x in tensors.items())
     if any(x.ndim != 4 for x in tensors.values()) or k_pages.shape[:3] != v_pages.shape[:3]:
         raise ValueError(f"k_pages and v_pages must be (pages, kv_heads, page_len, dim), q like them: got {got}.")

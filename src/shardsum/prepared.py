@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .arguments import Arguments, settled
 from .blocks import Dense
@@ -25,6 +24,7 @@ from .problem import Problem, Sizes, state_dtype
 from .scores import Scores
 from .state import AttentionState, merge
 from .strategies import Call, PlacedBlock, Strategy
+from .tensors import check_tensors, first_derivatives
 from .tree import unit
 
 
@@ -36,6 +36,7 @@ def attend(
     `name` is that of the call, alike on every rank.
     """
     with mistakes_reach_all(comm):
+        check_tensors(q=q, k=k, v=v)
         sizes, inputs = Sizes.of(q, k, v), (q, k, v)
 
         options = settled(vars(arguments))
@@ -241,9 +242,12 @@ class _Attend(torch.autograd.Function):
         return state.out, state.lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, sinks, bias, out, lse = ctx.saved_tensors
+        return *first_derivatives(_Attend._backward, ctx, d_out, d_lse), None, None
+
+    @staticmethod
+    def _backward(ctx: Any, saved: tuple[Tensor, ...], d_out: Tensor, d_lse: Tensor) -> list[Tensor | None]:
+        q, k, v, sinks, bias, out, lse = saved
         scores = replace(ctx.call.scores, bias=bias)
         call: Call = replace(ctx.call, q=q, blocks=[PlacedBlock(Dense(k, v))], scores=scores)
         sizes = [[x.shape[0], x.shape[1], x.shape[3]] for x in (q, k, v)]
@@ -257,4 +261,5 @@ class _Attend(torch.autograd.Function):
             weights = (sinks.to(lse).view(-1, 1) - lse.masked_fill(lse == -torch.inf, torch.inf)).exp()
             d_sinks = -(weights * delta).sum(dim=(0, 2)).to(sinks.dtype)
         d_bias = None if bias is None or found.bias is None else found.bias.to(bias.dtype)
-        return found.q.to(q.dtype), found.k.to(k.dtype), found.v.to(v.dtype), d_sinks, d_bias, None, None
+        assert d_bias is not None or not ctx.needs_input_grad[4], "the kernel gave no gradient of the bias"
+        return [found.q.to(q.dtype), found.k.to(k.dtype), found.v.to(v.dtype), d_sinks, d_bias]

@@ -36,12 +36,7 @@ class Sizes(NamedTuple):
     def of(cls, q: Tensor, k: Tensor, v: Tensor, *, quantized: bool = False) -> Sizes:
         """The sizes of q, k and v; k and v may be int8 if `quantized`."""
         for name, tensor in (("q", q), ("k", k), ("v", v)):
-            if not isinstance(tensor, Tensor):
-                raise ValueError(f"{name} must be a torch tensor: got {type(tensor).__name__}.")
-            if tensor.ndim != 4:
-                raise ValueError(
-                    f"{name} must be (batch, heads, length, dim): got {tuple(tensor.shape)}. Add the missing dims."
-                )
+            check_dims(name, tensor)
         batch, q_heads, q_len, head_dim = q.shape
         kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
         wrong = None  # the message is made only where one is needed: every decode step comes here
@@ -176,6 +171,14 @@ def per_problem(ask: Ask) -> Ask:
         return problem.known[key]
 
     return cast(Ask, asked)
+
+
+def check_dims(name: str, x: Tensor) -> None:
+    """Raise ValueError unless x has the dims of q, k and v."""
+    if x.ndim != 4:
+        raise ValueError(
+            f"{name} must be (batch, heads, length, dim): got {tuple(x.shape)}. Add the missing dims."
+        )
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -14,6 +14,8 @@ from .comm import Communicator, agree_on, as_communicator
 from .layouts import Layout, as_layout
 from .placement import Placement
 from .problem import state_dtype
+from .scalars import one_of, whole
+from .tensors import check_tensors, no_gradient
 from .tree import unit
 
 
@@ -131,10 +133,12 @@ def global_value(
     comm = as_communicator(comm)
 
     def describe() -> dict[str, Any]:
-        if kind not in ("sum", "mean", "max", "count"):
-            raise ValueError(f"kind must be sum, mean, max or count: got {kind!r}.")
-        if not isinstance(values, Tensor) or not values.is_floating_point():
-            raise ValueError(f"values must be floats: got {getattr(values, 'dtype', type(values).__name__)}.")
+        one_of("kind", kind, ("sum", "mean", "max", "count"))
+        check_tensors(values=values)
+        if not values.is_floating_point():
+            raise ValueError(f"values must be floats: got {values.dtype}.")
+        if kind == "max":
+            no_gradient("values", values, "Only sum and mean have gradients: pass values.detach().")
         return {"call": kind, "dtype": str(values.dtype), "collective": as_collective(collective).name}
 
     counts = [count for count, _ in agree_on(comm, describe, values, values, None)]
@@ -155,16 +159,14 @@ def sum_over_ranks(part: Tensor, comm: Communicator, collective: Collective) -> 
 
 
 def _check_dim(x: Tensor, dim: int) -> None:
-    if not isinstance(x, Tensor) or dim not in range(-x.ndim, x.ndim):
-        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"dim must be one of those of a tensor: got dim {dim!r} of {shape}.")
+    check_tensors(x=x)
+    if whole("dim", dim) not in range(-x.ndim, x.ndim):
+        raise ValueError(f"dim must be one of those of a tensor: got dim {dim} of {tuple(x.shape)}.")
 
 
 def check_weighted(weights: Tensor, values: Tensor) -> None:
     """Raise ValueError unless these are weights and values of one weighted sum."""
-    for name, x in (("weights", weights), ("values", values)):
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} must be a torch tensor: got {type(x).__name__}.")
+    check_tensors(weights=weights, values=values)
     shapes = f"got {tuple(weights.shape)} and {tuple(values.shape)}."
     if weights.ndim < 1 or values.ndim < 2 or weights.shape[-1] != values.shape[-2]:
         raise ValueError(

@@ -16,6 +16,7 @@ from typing import Generic, NamedTuple, TypeVar
 from torch import Tensor
 
 from .errors import Unsupported
+from .scalars import shown
 
 SEGMENT = 256
 
@@ -89,10 +90,10 @@ class Forest(Generic[T]):
 
 def unit(reproducible: bool) -> int:
     """How many positions stay together on one rank. Raises: Unsupported for what is neither True nor False."""
-    if reproducible not in (True, False):
+    if reproducible is not True and reproducible is not False:
         raise Unsupported(
-            f"reproducible must be True or False: got {reproducible!r}. The same bits across instruction sets "
-            "(docs/reproducible.md, L3) are not offered."
+            f"reproducible must be True or False: got {shown(reproducible)}. "
+            "The same bits across instruction sets (docs/reproducible.md, L3) are not offered."
         )
     return SEGMENT if reproducible else 1
 

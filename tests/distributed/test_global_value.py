@@ -56,7 +56,7 @@ def test_nothing_at_all_and_nan() -> None:
 
 
 def test_what_does_not_fit_is_refused_on_every_rank() -> None:
-    with pytest.raises(ValueError, match="kind must be sum, mean, max or count: got 'median'"):
+    with pytest.raises(ValueError, match="kind must be sum, mean, max, count: got 'median'"):
         shardsum.global_value(torch.ones(2), "median")
     with pytest.raises(ValueError, match="values must be floats"):
         shardsum.global_value(torch.ones(2).int(), "sum")

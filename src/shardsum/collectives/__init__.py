@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import Unsupported
+from ..scalars import one_of
 from .all_gather import GatherAll
 from .auto import Auto
 from .base import Collective, slices
@@ -57,8 +57,6 @@ def as_collective(collective: str | Collective) -> Collective:
     """The collective itself, or a new one of that name. Raises: Unsupported for an unknown name."""
     if isinstance(collective, Collective):
         return collective
-    if collective == "auto":
+    if isinstance(collective, str) and collective == "auto":
         return Auto()
-    if collective not in COLLECTIVES:
-        raise Unsupported(f"collective must be auto, {', '.join(COLLECTIVES)}: got {collective!r}.")
-    return COLLECTIVES[collective]()
+    return COLLECTIVES[one_of("collective", collective, ("auto", *COLLECTIVES))]()

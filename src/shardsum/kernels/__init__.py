@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-from ..errors import Unsupported
+from ..scalars import one_of
 from . import operators as operators
 from .aten import AtenKernel
 from .base import Dims, Gradients, Kernel, Leaf, OutputGradient
@@ -57,12 +57,9 @@ def as_kernel(kernel: str | Kernel, device: torch.device | None = None, dims: Di
     if isinstance(kernel, Kernel):
         return kernel
     name = kernel
-    if kernel == "auto":
+    if isinstance(kernel, str) and kernel == "auto":
         name = chosen(device, dims)
         missing = next(iter(KERNELS.values())).why_not()
         if missing is not None:
             _warn_once(f"{missing} kernel='auto' is {name!r}; asked for by name it says nothing.")
-    if name not in KERNELS:
-        names = sorted(name for name, known in KERNELS.items() if known.computes)
-        raise Unsupported(f"kernel must be auto, {', '.join(names)}: got {kernel!r}.")
-    return KERNELS[name]()
+    return KERNELS[one_of("kernel", name, ("auto", *sorted(KERNELS)))]()

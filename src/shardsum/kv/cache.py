@@ -10,19 +10,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import Arguments, Indices, indices_of, listed, settled, whole
+from ..arguments import Arguments, Indices, indices_of, listed, settled
 from ..comm import Communicator, agree_on, as_communicator, mistakes_reach_all
 from ..errors import Unsupported
 from ..layouts import Layout, as_layout
 from ..placement import Placement
 from ..prepared import PreparedCall
 from ..prepared_calls import PreparedCalls
-from ..problem import DTYPES, Sizes
+from ..problem import DTYPES, Sizes, check_dims
+from ..scalars import at_least, flag, shown
 from ..strategies import PlacedBlock
+from ..tensors import check_tensors
 from ..tree import unit
 from .slab import Layer, Shape
 from .store import Store
 
+SIZES = ("layers", "kv_heads", "head_dim", "v_dim")
 QUANTIZATIONS = (None, "int8")
 
 
@@ -62,11 +65,7 @@ class KVCache:
         self.comm = as_communicator(comm)
         self._reproducible, self._unit = reproducible, unit(reproducible)
         dims = (head_dim, head_dim if v_dim is None else v_dim)
-        _check_sizes({"layers": layers, "kv_heads": kv_heads, "head_dim": dims[0], "v_dim": dims[1]})
-        if quantize not in QUANTIZATIONS:
-            raise Unsupported(f"quantize must be None or 'int8': got {quantize!r}.")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be float64, float32, bfloat16 or float16: got {dtype}.")
+        _check_shape((layers, kv_heads, *dims), dtype, quantize)
         self._shape = Shape(kv_heads, dims, dtype, device, quantize is not None)
         self._store = Store(layers, self._shape, self.comm.rank, self.comm.size, self._unit)
         self._calls: PreparedCalls[PreparedCall] = PreparedCalls()
@@ -143,13 +142,11 @@ class KVCache:
         `reproducible` is the cache's), as are Numerics and Raises. In a batch whose sequences have different
         lengths, each sequence's queries end at its own length.
         """
-        given = {
-            "causal": causal,
-            "q_replicated": q_replicated,
-            "layout": layout or "contiguous",
-            **settled(options),
-        }
         with mistakes_reach_all(self.comm):
+            flag("return_state", return_state)
+            _check_queries(q)
+            layout = "contiguous" if layout is None else layout
+            given = settled({"causal": causal, "q_replicated": q_replicated, "layout": layout, **options})
             store = self._store.layer(layer)
             blocks = self._store.blocks(store, q.shape[0])
             call = self._call(store, q, blocks, given)
@@ -159,8 +156,7 @@ class KVCache:
     def _call(self, store: Layer, q: Tensor, blocks: list[PlacedBlock], given: dict[str, Any]) -> PreparedCall:
         """The call but for its tensors, which is mostly what it was in the layer before."""
         lengths, owners = store.lengths or (0,) * q.shape[0], self._store.owners
-        inputs = (q, *(x for placed in blocks for x in placed.block.inputs))
-        with_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        with_gradients = torch.is_grad_enabled() and q.requires_grad  # keys and values have none
         key = (owners.version, lengths, self._store.reordered, q.shape, q.dtype, q.device, with_gradients)
 
         def make() -> PreparedCall:
@@ -168,19 +164,31 @@ class KVCache:
             arguments = Arguments(**given, reproducible=self._reproducible)
             arguments = replace(arguments, lengths=lengths, reordered=self._store.reordered)
             placement = owners.placement(store.longest)
-            return PreparedCall(self.comm, sizes, inputs, arguments, placement, store.shape.kind)
+            return PreparedCall(self.comm, sizes, (q,), arguments, placement, store.shape.kind)
 
         return self._calls.get(key, given, make)
 
     def crop(self, length: int) -> None:
         """Forget every sequence's tokens from position `length` on."""
-        if whole("length", length) < 0:
-            raise ValueError(f"length must be 0 or more: got {length}.")
-        self._store.crop(length)
+        self._store.crop(at_least("length", length, 0))
 
     def reorder(self, sequences: Indices) -> None:
         """Make sequence b of the batch what `sequences[b]` was; entries may repeat (beam search)."""
         self._store.reorder(_order(sequences, self._store.batch))
+
+
+def _check_shape(sizes: tuple[int, ...], dtype: torch.dtype, quantize: str | None) -> None:
+    for name, size in zip(SIZES, sizes, strict=True):
+        at_least(name, size, 1)
+    if quantize not in QUANTIZATIONS:
+        raise Unsupported(f"quantize must be None or 'int8': got {shown(quantize)}.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be float64, float32, bfloat16 or float16: got {dtype}.")
+
+
+def _check_queries(q: Tensor) -> None:
+    check_tensors(q=q)
+    check_dims("q", q)
 
 
 def _agree_on_shards(
@@ -193,12 +201,6 @@ def _agree_on_shards(
 
     counts = [length for _, length in agree_on(comm, describe, k, k)]
     return as_layout(layout).of_lengths(counts, "new tokens", unit)
-
-
-def _check_sizes(sizes: dict[str, int]) -> None:
-    for name, size in sizes.items():
-        if whole(name, size) < 1:
-            raise ValueError(f"{name} must be at least 1: got {size}.")
 
 
 def _order(sequences: Indices, batch: int) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..blocks import Block, Dense, Int8
-from ..errors import Unsupported
 from ..memory import kept_memory
 from ..quantized import Quantized
+from ..tensors import check_tensors, no_gradient
 
 # Storage grows by a 32nd, at least 32 positions: about 3 % of it lies idle at most.
 GROWTH_SHARE, GROWTH_POSITIONS = 32, 32
@@ -104,20 +104,18 @@ class Layer:
         return self._slabs[group]
 
     def check(self, k: Tensor, v: Tensor) -> None:
-        """Raise ValueError unless these are tokens of this layer; Unsupported for gradients that int8 has not."""
+        """Raise ValueError unless these are tokens of this layer; Unsupported where they require gradients."""
         shape = self.shape
         batch = len(self.lengths) or (k.shape[0] if isinstance(k, Tensor) and k.ndim else 1)
         for name, x, dim in zip("kv", (k, v), shape.dims, strict=True):
-            if not isinstance(x, Tensor):
-                raise ValueError(f"{name} must be a torch tensor: got {type(x).__name__}.")
+            check_tensors(**{name: x})
             expected = (batch, shape.kv_heads, dim)
             if x.ndim != 4 or (x.shape[0], x.shape[1], x.shape[3]) != expected or x.dtype != shape.dtype:
                 raise ValueError(
                     f"{name} must be ({batch}, {shape.kv_heads}, new, {dim}) in {shape.dtype}, as in the cache: "
                     f"got {tuple(x.shape)} in {x.dtype}."
                 )
-            if shape.quantized and torch.is_grad_enabled() and x.requires_grad:
-                raise Unsupported(f"{name} has no gradient once it is int8. Append it under torch.no_grad().")
+            no_gradient(name, x, "A KVCache holds numbers alone: append under torch.no_grad(), or use attention.")
         if batch == 0:
             raise ValueError("a cache needs at least one sequence: got a batch of 0.")
         if k.shape[2] != v.shape[2]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..placement import Placement
+from ..scalars import whole
 from ..strategies import PlacedBlock
 from .owners import Owners
 from .slab import Layer, Shape, Slab
@@ -38,7 +39,7 @@ class Store:
 
     def layer(self, number: int) -> Layer:
         """The layer of this number. Raises: ValueError where there is none."""
-        if not 0 <= number < len(self.layers):
+        if not 0 <= whole("layer", number) < len(self.layers):
             raise ValueError(f"layer must be one of the cache's {len(self.layers)}: got {number}.")
         return self.layers[number]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import Unsupported
+from ..scalars import one_of
 from .all_gather import AllGather
 from .all_reduce import AllReduce
 from .base import Strategy
@@ -40,8 +40,6 @@ def as_strategy(strategy: str | Strategy) -> Strategy | None:
     """The strategy itself, or a new one of that name; None for "auto", which `choose` decides for a problem."""
     if isinstance(strategy, Strategy):
         return strategy
-    if strategy == "auto":
+    if isinstance(strategy, str) and strategy == "auto":
         return None
-    if strategy not in STRATEGIES:
-        raise Unsupported(f"strategy must be auto, {', '.join(sorted(STRATEGIES))}: got {strategy!r}.")
-    return STRATEGIES[strategy]()
+    return STRATEGIES[one_of("strategy", strategy, ("auto", *sorted(STRATEGIES)))]()
