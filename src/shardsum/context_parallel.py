@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -15,6 +18,11 @@ from .comm import Communicator, as_communicator, mistakes_reach_all
 from .errors import Unsupported
 from .layouts import Layout
 from .strategies import Strategy
+
+_OPERATOR = torch.ops.aten.scaled_dot_product_attention
+_COMPUTED = (F.scaled_dot_product_attention, _OPERATOR, _OPERATOR.default)
+# Parts of the names of what computes attention: by operators called directly, or inside one function of torch.
+_ATTENTION = ("attention", "attn", "encoder_layer_fwd", "decoder_layer_fwd")
 
 
 @contextlib.contextmanager
@@ -27,8 +35,12 @@ def context_parallel(
     """Inside the block, this thread's F.scaled_dot_product_attention works on shards of q, k and v.
 
     Nothing is patched. Arguments mean what they mean to torch: `is_causal` is aligned top-left, so query i of the
-    global sequence sees the keys up to i, whatever the lengths. `comm`, `layout`, `strategy`: as in `attention`.
-    Raises: Unsupported inside the block for an attn_mask and for tensors that are not (batch, heads, length, dim).
+    global sequence sees the keys up to i, whatever the lengths; `attn_mask` has this rank's rows, and a column for
+    each key of all ranks. A checkpointed layer is computed again as it was, wherever its backward runs. `comm`,
+    `layout`, `strategy`: as in `attention`.
+    Raises: Unsupported for what computes attention otherwise (nn.MultiheadAttention, nn.TransformerEncoderLayer,
+    flex_attention, torch.ops.aten._scaled_dot_product_*), for a mask of this rank's keys alone, and for tensors
+    that are not (batch, heads, length, dim); at its end, for a block that saw no attention at all.
 
     >>> import torch
     >>> q = torch.eye(2).view(1, 1, 2, 2)
@@ -36,8 +48,14 @@ def context_parallel(
     ...     F.scaled_dot_product_attention(q, q, q, is_causal=True)[0, 0, 0]
     tensor([1., 0.])
     """
-    with _AttentionMode(as_communicator(comm), layout, strategy):
+    mode = _AttentionMode(as_communicator(comm), layout, strategy)
+    with mode:
         yield
+    if mode.comm.size > 1 and not mode.calls:
+        raise Unsupported(
+            "context_parallel saw no F.scaled_dot_product_attention in its block: attention that is computed "
+            "otherwise (softmax of a product, a kernel of another library) is of this rank's tokens alone."
+        )
 
 
 class _AttentionMode(TorchFunctionMode):
@@ -46,6 +64,7 @@ class _AttentionMode(TorchFunctionMode):
     def __init__(self, comm: Communicator, layout: str | Layout, strategy: str | Strategy) -> None:
         super().__init__()
         self.comm, self.layout, self.strategy = comm, layout, strategy
+        self.calls = 0
 
     def __torch_function__(
         self,
@@ -54,14 +73,61 @@ class _AttentionMode(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func not in _COMPUTED:
+            if self.comm.size > 1 and any(part in getattr(func, "__name__", str(func)) for part in _ATTENTION):
+                self._refuse(func)
+            return func(*args, **kwargs)
+        self.calls += 1
         with mistakes_reach_all(self.comm):
-            tensors, options = _translate(*args, **(kwargs or {}))
+            tensors, options = _translate(self.comm.size, *args, **kwargs)
+            _compute_again_inside(self)
         return attention(*tensors, comm=self.comm, layout=self.layout, strategy=self.strategy, **options)
+
+    def _refuse(self, func: Callable[..., Any]) -> None:
+        with mistakes_reach_all(self.comm):
+            raise Unsupported(
+                f"{getattr(func, '__name__', func)} computes attention inside itself, of this rank's tokens "
+                "alone. Call F.scaled_dot_product_attention, or shardsum.attention."
+            )
+
+
+class _Again:
+    """What a checkpoint computes again, inside the mode in which it was computed first."""
+
+    def __init__(self, mode: _AttentionMode, compute: Callable[..., Any]) -> None:
+        self.mode, self.compute = mode, compute
+
+    def __call__(self, *args: Any) -> Any:
+        with self.mode:
+            return self.compute(*args)
+
+
+def _compute_again_inside(mode: _AttentionMode) -> None:
+    """Make every checkpoint whose forward is under way compute again inside this mode.
+
+    torch.utils.checkpoint keeps autocast and random numbers for that, and no modes.
+    """
+    module = sys.modules.get("torch.utils.checkpoint")
+    frame = None if module is None else sys._getframe()
+    while frame is not None:
+        holder, name = _what_computes_again(frame, module)
+        if holder is not None and not isinstance(getattr(holder, name), _Again):
+            setattr(holder, name, _Again(mode, getattr(holder, name)))
+        frame = frame.f_back
+
+
+def _what_computes_again(frame: FrameType, module: Any) -> tuple[Any, str]:
+    """Where a frame that is a checkpoint's keeps what it computes again."""
+    if frame.f_code is module.CheckpointFunction.forward.__code__:
+        return frame.f_locals["ctx"], "run_function"
+    if frame.f_code is module.checkpoint.__wrapped__.__code__ and "gen" in frame.f_locals:
+        return frame.f_locals["gen"].gi_frame.f_locals["new_frame"], "recompute_fn"
+    return None, ""
 
 
 def _translate(
+    ranks: int,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -72,11 +138,6 @@ def _translate(
     enable_gqa: bool = False,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
     """Turn torch's arguments into those of `attention`."""
-    if attn_mask is not None:
-        raise Unsupported(
-            "attn_mask is not supported inside context_parallel: rows and keys lie on all ranks. Use "
-            "shardsum.attention with window, key_range, cu_seqlens, key_intervals or bias."
-        )
     if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
         raise Unsupported(
             "context_parallel takes (batch, heads, length, dim): "
@@ -84,10 +145,31 @@ def _translate(
         )
     if query.shape[1] != key.shape[1] and not enable_gqa:
         raise ValueError(f"{query.shape[1]} query heads and {key.shape[1]} KV heads need enable_gqa=True.")
+    if ranks > 1 and query.shape[2] == key.shape[2] == 1 and not is_causal and attn_mask is None:
+        raise Unsupported(
+            "this rank holds one token and is_causal is False: a model may have left its mask out for that. "
+            "Give each rank more tokens, or call shardsum.attention."
+        )
     options = {
         "causal": is_causal,
         "q_start": 0 if is_causal else None,
         "scale": scale,
         "dropout_p": dropout_p,
+        "bias": None if attn_mask is None else _bias(attn_mask, query, key, ranks, is_causal),
     }
     return (query, key, value), options
+
+
+def _bias(mask: Tensor, query: Tensor, key: Tensor, ranks: int, is_causal: bool) -> Tensor:
+    """An attn_mask as a bias, of this rank's rows and the keys of all ranks."""
+    if is_causal:
+        raise ValueError("attn_mask and is_causal exclude each other, as in F.scaled_dot_product_attention.")
+    if ranks > 1 and mask.shape[-1] == key.shape[2]:
+        raise Unsupported(
+            f"attn_mask has {mask.shape[-1]} columns, one for each key of this rank: it must have one for each "
+            "key of all ranks. Use is_causal, or shardsum.attention with window, key_range or cu_seqlens."
+        )
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+    mask = mask[(None,) * (4 - mask.ndim)]
+    return mask.expand(*mask.shape[:2], query.shape[2], mask.shape[3])

@@ -96,6 +96,12 @@ class PreparedCall:
 
         `name` is that of the call, alike on every rank.
         """
+        with (
+            torch._C.DisableTorchFunction()
+        ):  # a caller's modes (a default device, context_parallel) are not for us
+            return self._attend(q, blocks, name)
+
+    def _attend(self, q: Tensor, blocks: Sequence[PlacedBlock], name: str) -> AttentionState:
         comm, arguments = self._comm, self._arguments
         keys = sum(placed.block.kv_len for placed in blocks)
         lengths = agree(comm, self._description.called(name), q.shape[2], keys)

@@ -51,8 +51,8 @@ def first_derivatives(
     torch's `once_differentiable` does so too, but where no incoming gradient depends on anything it lets second
     derivatives be taken as zero.
     """
-    saved = ctx.saved_tensors  # once: checkpoints give them no second time
-    with torch.no_grad():
+    saved = ctx.saved_tensors  # once, and under the caller's modes: a checkpoint computes them now
+    with torch.no_grad(), torch._C.DisableTorchFunction():
         found = backward(ctx, saved, *gradients)
     if not torch.is_grad_enabled():  # nobody has asked for create_graph
         return found

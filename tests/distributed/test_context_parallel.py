@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import shardsum
 from shardsum import Mismatch, Unsupported, context_parallel, launch
 from shardsum.comm import Communicator
+from shardsum.kernels import available
 
 from ..tolerances import assert_close
 
@@ -60,18 +63,117 @@ def test_what_is_not_supported_reaches_every_rank() -> None:
         return str(caught.value)
 
     for said in launch(run, ranks=2, transport="threads"):
-        assert said.startswith("rank 1 could not take part: Unsupported: attn_mask is not supported")
+        assert said.startswith("rank 1 could not take part: Unsupported: attn_mask has 2 columns")
 
 
 def test_only_inside_and_only_what_is_supported() -> None:
     q, k, v = (x.detach() for x in inputs(17, 2))
     plain = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     with context_parallel():
-        with pytest.raises(Unsupported, match="attn_mask is not supported"):
-            F.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(17, 17, dtype=torch.bool))
         with pytest.raises(Unsupported, match=r"\(batch, heads, length, dim\)"):
             F.scaled_dot_product_attention(q[0], q[0], q[0])
         with pytest.raises(ValueError, match="enable_gqa=True"):
             F.scaled_dot_product_attention(q, k, v)
         assert_close(F.scaled_dot_product_attention(q, k, v, enable_gqa=True), plain, 1e-12, "one rank")
     F.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(17, 17, dtype=torch.bool))
+
+
+def attend(q: torch.Tensor, w: torch.Tensor, **options: Any) -> torch.Tensor:
+    h = q @ w
+    return F.scaled_dot_product_attention(h, h, h, **options)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_checkpointed_layer_is_computed_again_as_it_was(layers: int, reentrant: bool, outside: bool) -> None:
+    """Wherever its backward runs."""
+    x, w = inputs(17, 4)[0].detach(), torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator())
+
+    def loss(x: torch.Tensor, w: torch.Tensor, again: bool) -> torch.Tensor:
+        out = x
+        for _ in range(layers):
+            out = checkpoint(attend, out, w, use_reentrant=reentrant) if again else attend(out, w)
+        return (out * x.detach()).sum()
+
+    whole = w.clone().requires_grad_()
+    loss(x, whole, again=False).backward()
+
+    def run(comm: Communicator) -> torch.Tensor:
+        own, part = w.clone().requires_grad_(), shardsum.shard(x, comm=comm).requires_grad_()
+        with context_parallel(comm):
+            found = loss(part, own, again=True)
+            if not outside:
+                found.backward()
+        if outside:
+            found.backward()
+        assert own.grad is not None
+        return own.grad
+
+    assert whole.grad is not None
+    assert_close(sum(launch(run, 2, "threads")), whole.grad, 1e-12, "gradient of a weight")
+
+
+def operator(q: torch.Tensor) -> Any:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)
+
+
+OTHERWISE: dict[str, Any] = {
+    "multi_head_attention_forward": lambda q: nn.MultiheadAttention(8, 2)(q[0], q[0], q[0], need_weights=False),
+    "multi_head_attention": lambda q: nn.MultiheadAttention(8, 2)(q[0], q[0], q[0]),
+    "multi_head_attention_forwar": lambda q: nn.TransformerEncoderLayer(8, 2, 8)(q[0]),
+    "_scaled_dot_product_flash_attention_for_cpu": operator,
+    "_scaled_dot_product_flash": lambda q: torch._scaled_dot_product_flash_attention_for_cpu(q, q, q),
+    "this rank holds one token": lambda q: F.scaled_dot_product_attention(*(q[:, :, :1],) * 3),
+    "attn_mask has 2 columns": lambda q: F.scaled_dot_product_attention(q, q, q, torch.ones(2, 2).bool()),
+    "attn_mask and is_causal": lambda q: F.scaled_dot_product_attention(q, q, q, torch.ones(2, 4), is_causal=True),
+}
+
+
+@pytest.mark.parametrize("words", OTHERWISE)
+def test_what_is_computed_of_a_ranks_own_tokens_is_refused_by_all(words: str) -> None:
+    def run(comm: Communicator) -> None:
+        q = torch.ones(1, 1, 2, 8)
+        with context_parallel(comm):
+            with pytest.raises(ValueError, match=words):
+                OTHERWISE[words](q)
+            F.scaled_dot_product_attention(q, q, q)
+
+    launch(run, 2, "threads", deadline=20.0)
+
+
+def test_a_block_that_saw_no_attention_says_so_at_its_end() -> None:
+    def run(comm: Communicator) -> None:
+        q = torch.ones(1, 1, 2, 2)
+        with pytest.raises(Unsupported, match=r"saw no F\.scaled_dot_product_attention"), context_parallel(comm):
+            torch.softmax(q @ q.mT, -1) @ q
+
+    launch(run, 2, "threads")
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_mask_of_all_keys_is_taken(kind: str) -> None:
+    q, k, v = (x.detach() for x in inputs(17, 4))
+    mask = torch.rand(17, 17, generator=torch.Generator().manual_seed(1)) > 0.4
+    mask[:, 0] = True
+    given = mask if kind == "bool" else torch.zeros(17, 17, dtype=q.dtype).masked_fill(~mask, -3.0)
+    expected = F.scaled_dot_product_attention(q, k, v, given)
+
+    def run(comm: Communicator) -> None:
+        own = [shardsum.shard(x, comm=comm) for x in (q, k, v)]
+        with context_parallel(comm):
+            out = F.scaled_dot_product_attention(*own, shardsum.shard(given, comm=comm, dim=0))
+        assert_close(out, shardsum.shard(expected, comm=comm), 1e-12, "out")
+
+    launch(run, 3, "threads")
+
+
+@pytest.mark.parametrize("kernel", available())
+def test_our_own_calls_are_not_caught(kernel: str) -> None:
+    def run(comm: Communicator) -> None:
+        q = torch.ones(1, 1, 2, 2)
+        with context_parallel(comm):
+            shardsum.attention(q, q, q, comm=comm, kernel=kernel)
+            F.scaled_dot_product_attention(q, q, q)
+
+    launch(run, 2, "threads")

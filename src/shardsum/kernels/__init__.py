@@ -62,4 +62,5 @@ def as_kernel(kernel: str | Kernel, device: torch.device | None = None, dims: Di
         missing = next(iter(KERNELS.values())).why_not()
         if missing is not None:
             _warn_once(f"{missing} kernel='auto' is {name!r}; asked for by name it says nothing.")
-    return KERNELS[one_of("kernel", name, ("auto", *sorted(KERNELS)))]()
+    computing = sorted(name for name, known in KERNELS.items() if known.computes)
+    return KERNELS[one_of("kernel", name, ("auto", *computing))]()
