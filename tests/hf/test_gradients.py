@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from shardsum.errors import Mismatch
-from shardsum.hf.gradients import sum_gradients, weights_digest
+from shardsum.hf.gradients import sum_gradients
+from shardsum.hf.identity import weights_digest
 from shardsum.launching import launch
 
 from ..tolerances import assert_close

@@ -84,7 +84,8 @@ class mistakes_reach_all:  # named as it reads in a `with`, as contextlib.suppre
     The other ranks raise Mismatch, which names it, at their next agreement, in place of waiting for this one. Here
     the exception itself is raised where every rank has one, else that Mismatch, from the exception.
     An exception that comes when the ranks have agreed inside the block is left as it is: no rank waits for this
-    one in that agreement any more. So blocks may be nested.
+    one in that agreement any more. So blocks may be nested, and a block around several agreed calls says `renew()`
+    when one of them is over.
     Traffic: none without an exception; then that of an agreement that fails.
     """
 
@@ -93,8 +94,12 @@ class mistakes_reach_all:  # named as it reads in a `with`, as contextlib.suppre
     def __init__(self, comm: Communicator) -> None:
         self._comm, self._calls = comm, comm.calls
 
-    def __enter__(self) -> None:
-        return None
+    def __enter__(self) -> mistakes_reach_all:
+        return self
+
+    def renew(self) -> None:
+        """Go on after an agreed call inside the block: every rank has what it needed of this one."""
+        self._calls = self._comm.calls
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

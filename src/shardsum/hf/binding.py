@@ -12,13 +12,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ..comm import Communicator, agree, connect, mistakes_reach_all
+from ..comm import Communicator, agree, as_communicator, mistakes_reach_all
 from ..layouts import Layout, as_layout
 from ..tree import unit
 from .bound_model import BoundModel
+from .identity import describe_model
 from .probe import probe
-from .session import Session
+from .session import Session, refuse_autocast
 from .tiles import run_in_tiles
+from .wrappers import check_whole
 
 # A model that names no limit is checked for sequences of up to this many tokens.
 DEFAULT_POSITIONS = 1 << 16
@@ -46,17 +48,21 @@ def sharded(
     mode, one that is in a session already, or more positions than it has. A rank whose model is fine raises
     Mismatch, naming those where it isn't.
     """
-    comm, layout = connect() if comm is None else comm, as_layout(layout)
-    session = Session(model, comm, layout, 0, reproducible)
+    comm = as_communicator(comm)
     with contextlib.ExitStack() as undo:
         with mistakes_reach_all(comm):
+            check_whole(model)
+            refuse_autocast(model)
+            layout = as_layout(layout)
+            session = Session(model, comm, layout, 0, reproducible)
             session.positions = longest_sequence(model, positions)
             name = undo.enter_context(register(session))
             session.cache_shape = probe(session, name)
             if reproducible:  # raises where the layout cuts segments
                 layout.positions(0, comm.rank, comm.size, unit(reproducible))
-        call = {"call": "hf.sharded", "model": type(model).__name__, "layout": str(layout)}
-        agree(comm, call | {"reproducible": reproducible})
+            call = {"call": "hf.sharded", "layout": layout.describe(), "reproducible": reproducible}
+            call |= describe_model(model, comm.size)
+        agree(comm, call)
         if reproducible:
             session.tiles = undo.enter_context(run_in_tiles(model))
         yield session

@@ -49,6 +49,9 @@ class CacheOwner(Protocol):
     def announce(self, layer: int, cache: ShardedCache) -> None:
         """Expect an attention call over the cache: Transformers does not hand it on."""
 
+    def renew(self) -> None:
+        """Hear that a call in which all ranks take part is over."""
+
 
 class LayerLength(CacheLayerMixin):  # type: ignore[no-untyped-call]  # Transformers' own hook
     """One layer as Transformers sees it: only its global length; the tensors belong to `ShardedCache`."""
@@ -137,6 +140,7 @@ class ShardedCache(Cache):
             self.store.append(layer, k[:, :, mine], v[:, :, mine], layout=self.local_tokens.layout)
             self.lengths[layer].length += self.local_tokens.total
         self.batch = k.shape[0]
+        self.owner.renew()
 
     def attend(self, layer: int, q: Tensor, mask: IntervalMask, scale: float | None) -> Tensor:
         """Attend with the new queries over all tokens so far.
@@ -149,13 +153,15 @@ class ShardedCache(Cache):
             masking["key_range"] = (start, torch.full_like(start, self.lengths[layer].length))
         if mask.left is not None:
             masking["window"] = (mask.left, 0)
-        out: Tensor
-        if self.local_tokens is None:
-            out = self.store.attend(layer, q, scale=scale, **masking)
+        mine = q
+        if self.local_tokens is not None:
+            mine = q[:, :, : self.local_tokens.local]
+            masking |= {"q_replicated": False, "layout": self.local_tokens.layout}
+        out: Tensor = self.store.attend(layer, mine, scale=scale, **masking)
+        self.owner.renew()
+        if mine is q:
             return out
-        mine, layout = q[:, :, : self.local_tokens.local], self.local_tokens.layout
-        out = self.store.attend(layer, mine, scale=scale, q_replicated=False, layout=layout, **masking)
-        stand_ins = out.new_zeros(*out.shape[:2], q.shape[2] - self.local_tokens.local, out.shape[3])
+        stand_ins = out.new_zeros(*out.shape[:2], q.shape[2] - mine.shape[2], out.shape[3])
         return torch.cat([out, stand_ins], dim=2)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -179,10 +185,16 @@ class ShardedCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; Transformers passes their number negated."""
         if tokens_to_remove:
-            length = max(self.get_seq_length() - abs(tokens_to_remove), 0)
-            self.store.crop(length)
-            for layer in self.lengths:
-                layer.length = length
+            self.cut(max(self.get_seq_length() - abs(tokens_to_remove), 0))
+
+    def cut(self, length: int) -> None:
+        """Forget the tokens from position `length` on, in whichever layers have any."""
+        if length == 0:  # of a batch of any size from now on
+            self.reset()
+            return
+        self.store.crop(length)
+        for layer in self.lengths:
+            layer.length = min(layer.length, length)
 
     def reset(self) -> None:
         """Forget everything."""

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
-from ..comm import Communicator, agree, mistakes_reach_all
-from ..digests import digest_indices
+from ..comm import Communicator, agree, as_communicator, mistakes_reach_all
 from ..errors import Unsupported
 from ..layouts import Layout
 from .binding import sharded
 from .cache import ShardedCache
 from .masks import Padding
+from .requests import (
+    check_request,
+    describe_request,
+    inputs_of_tokens,
+    requested_length,
+    take_stopping_criteria,
+)
 from .session import Session
 
-_REFUSED = {
-    "assistant_model": "assisted decoding",
-    "custom_generate": "a decoding loop of your own",
-    "inputs_embeds": "prompts given as embeddings",
-    "negative_prompt_ids": "classifier-free guidance",
-    "prompt_lookup_num_tokens": "prompt lookup decoding",
-}
 _SAMPLING = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 
 def generate(
     model: PreTrainedModel | Session,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     comm: Communicator | None = None,
     attention_mask: Tensor | None = None,
     layout: str | Layout = "zigzag",
@@ -58,55 +55,42 @@ def generate(
     and new tokens exceed the model's positions; Mismatch where the ranks' prompts or settings differ.
     """
     if isinstance(model, Session):
-        if reproducible and not model.reproducible:
-            raise ValueError("this session is not reproducible: open it with sharded(..., reproducible=True).")
-        return _generate(model, input_ids, attention_mask=attention_mask, **arguments)
-    wanted = _requested_length(model, input_ids, attention_mask, arguments)
+        with mistakes_reach_all(model.comm):
+            if reproducible and not model.reproducible:
+                raise ValueError("this session is not reproducible: open it with sharded(..., reproducible=True).")
+            tokens = check_request(model.model, input_ids, attention_mask, arguments)
+        return _generate(model, tokens, attention_mask=attention_mask, **arguments)
+    comm = as_communicator(comm)
+    with mistakes_reach_all(comm):
+        tokens = check_request(model, input_ids, attention_mask, arguments)
+        wanted = requested_length(model, tokens, attention_mask, arguments)
     with sharded(model, comm, layout, positions=wanted, reproducible=reproducible) as session:
-        return _generate(session, input_ids, attention_mask=attention_mask, **arguments)
+        return _generate(session, tokens, attention_mask=attention_mask, **arguments)
 
 
 def _generate(session: Session, input_ids: Tensor, **arguments: Any) -> Any:
     loop = _Loop(session)
     model: Any = session.model  # its `generate` comes from a mixin that torch's Module hides from type checkers
-    with mistakes_reach_all(session.comm):  # up to the agreement in `loop.decode`
-        return model.generate(input_ids, **_arrange(loop, input_ids, arguments))
+    with mistakes_reach_all(session.comm):
+        arguments = _arrange(loop, arguments)
+    with session.call_of_all_ranks(arguments["past_key_values"]):
+        return model.generate(input_ids, **arguments)
 
 
-def _arrange(loop: _Loop, input_ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+def _arrange(loop: _Loop, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments for `model.generate` that make it decode by `loop`."""
     session = loop.session
-    if input_ids.ndim != 2 or not input_ids.numel():
-        raise ValueError(f"input_ids must be (batch, tokens), one token at least: got {tuple(input_ids.shape)}.")
-    for name, what in _REFUSED.items():
-        if arguments.get(name) is not None:
-            raise Unsupported(f"{what} ({name}) is not supported over sharded keys. Use sampling or beams.")
     cache = arguments.pop("past_key_values", None)
     cache = session.new_cache() if cache is None else cache
     if not (isinstance(cache, ShardedCache) and cache.owner is session):
         raise Unsupported(f"past_key_values must be this session's new_cache(): got {type(cache).__name__}.")
     session.check(cache)
     # Transformers hands neither the streamer nor the tokenizer on to a decoding loop that is passed in.
-    criteria = _take_stopping_criteria(arguments)
+    criteria, loop.stops = take_stopping_criteria(arguments)
     streamer = arguments.pop("streamer", None)
     loop.streamer = streamer if session.comm.rank == 0 else None
     own = {"custom_generate": loop.decode, "stopping_criteria": criteria, "streamer": loop.streamer}
     return {**arguments, **own, "past_key_values": cache}
-
-
-def _take_stopping_criteria(arguments: dict[str, Any]) -> StoppingCriteriaList:
-    """Take whatever stops generation out of the arguments. Raises: ValueError for strings without a tokenizer."""
-    tokenizer, stop_strings = arguments.pop("tokenizer", None), arguments.pop("stop_strings", None)
-    config = arguments.get("generation_config")
-    if stop_strings is None and config is not None and config.stop_strings is not None:
-        config = arguments["generation_config"] = copy.deepcopy(config)
-        stop_strings, config.stop_strings = config.stop_strings, None
-    criteria = StoppingCriteriaList(arguments.pop("stopping_criteria", None) or [])
-    if stop_strings is not None:
-        if tokenizer is None:
-            raise ValueError("stop_strings needs the tokenizer: pass tokenizer=... too.")
-        criteria.append(StopStringCriteria(tokenizer, stop_strings))
-    return criteria
 
 
 class _Loop:
@@ -118,6 +102,7 @@ class _Loop:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.streamer: Any = None
+        self.stops: dict[str, Any] = {}  # what stops generation, as far as all ranks have to mean the same
 
     def decode(
         self,
@@ -130,9 +115,12 @@ class _Loop:
     ) -> Any:
         if (problem := self._problem(generation_config, input_ids, model_kwargs)) is not None:
             raise problem
-        agree(self.session.comm, _describe_call(input_ids, generation_config, model_kwargs))
+        seen = model_kwargs["past_key_values"].get_seq_length()
+        inputs = inputs_of_tokens(model, input_ids, seen, model_kwargs)
+        described = describe_request(input_ids, generation_config, model_kwargs, inputs, [*logits_processor])
+        self.session.agree({"call": "hf.generate", **described, **self.stops})
         beams = generation_config.get_generation_mode() in _BEAMS
-        self._prefill(input_ids, generation_config, model_kwargs)
+        self._prefill(input_ids, generation_config, model_kwargs, inputs)
         stopping_criteria = _RankZeroCriteria(stopping_criteria, self.session)
         if beams:
             logits_processor.append(_RankZeroScores(self.session))
@@ -150,21 +138,28 @@ class _Loop:
             **model_kwargs,
         )
 
-    def _prefill(self, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        inputs: dict[str, Tensor],
+    ) -> None:
         """Put all tokens but the last into the cache, once for each prompt, then one copy for each beam."""
-        cache = model_kwargs["past_key_values"]
+        cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
         copies = max(config.num_beams, config.num_return_sequences)
-        mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         start, stop = cache.get_seq_length(), input_ids.shape[1] - 1
         chunk = config.prefill_chunk_size or max(stop - start, 1)
         config.prefill_chunk_size = None
+        # Inputs are expanded with the prompts unless they have one row for all.
+        inputs = {name: x if x.shape[-2] == 1 else x[..., ::copies, :] for name, x in inputs.items()}
         for begin in range(start, stop, chunk):
             end = min(begin + chunk, stop)
             self.session.prefill(
                 cache,
                 input_ids[::copies, begin:end],
                 None if mask is None else mask[::copies, :end],
-                None if positions is None else _prompts(positions, copies)[..., begin:end],
+                **{name: x[..., begin - start : end - start] for name, x in inputs.items()},
             )
         cache.batch_repeat_interleave(copies)
 
@@ -218,7 +213,7 @@ class _RankZeroCriteria(StoppingCriteriaList):
     """Rank 0's new tokens and its decision to stop, on every rank; the other ranks' criteria are not asked.
 
     `_sample` calls the criteria with the very tensor that it goes on with, so the tokens are written into it.
-    Traffic: two int64 for each row, from rank 0 to each other rank.
+    Traffic: 64 bytes to each other rank; two int64 for each row, from rank 0 to each other rank.
     """
 
     def __init__(self, criteria: StoppingCriteriaList, session: Session) -> None:
@@ -226,64 +221,33 @@ class _RankZeroCriteria(StoppingCriteriaList):
         self.session = session
 
     def __call__(self, input_ids: Tensor, scores: Any, **arguments: Any) -> Tensor:
-        comm, decision = self.session.comm, torch.empty(0)
-        if comm.rank == 0:
+        decision = torch.empty(0)
+        if self.session.comm.rank == 0:
             stop: Tensor = super().__call__(input_ids, scores, **arguments)
-            if comm.size == 1:
-                return stop
             decision = torch.stack([input_ids[:, -1], stop.to(input_ids.dtype)])
-        decision = _broadcast_from_rank_zero(comm, decision, (2, len(input_ids)), input_ids)
+        decision = _broadcast_from_rank_zero(self.session, decision, (2, len(input_ids)), input_ids)
         input_ids[:, -1] = decision[0]
         return decision[1].bool()
 
 
 class _RankZeroScores(LogitsProcessor):
-    """Rank 0's scores on every rank: equal scores give equal beams. Traffic: the scores, from rank 0."""
+    """Rank 0's scores on every rank: equal scores give equal beams. Traffic: as above, but the scores."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        comm = self.session.comm
-        return scores if comm.size == 1 else _broadcast_from_rank_zero(comm, scores, scores.shape, scores)
+        return _broadcast_from_rank_zero(self.session, scores, scores.shape, scores)
 
 
-def _broadcast_from_rank_zero(comm: Communicator, part: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return rank 0's `part`, of that shape, with dtype and device of `like`; other ranks' is not looked at."""
+def _broadcast_from_rank_zero(session: Session, part: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return rank 0's `part`, of that shape, with dtype and device of `like`; other ranks' is not looked at.
+
+    Raises: Mismatch where a rank has failed since the last agreement, or is at another step.
+    """
+    comm = session.comm
+    agree(comm, {"call": "hf.generate: what rank 0 chooses", "shape": list(shape), "dtype": str(like.dtype)})
     mine = part.to(like.dtype) if comm.rank == 0 else like.new_empty((0,))
-    return comm.all_gather(mine, [tuple(shape), *[(0,)] * (comm.size - 1)])[0]
-
-
-def _prompts(positions: Tensor, copies: int) -> Tensor:
-    """Select a row for each prompt: positions are expanded with the prompts unless they have one row for all."""
-    return positions if positions.shape[0] == 1 else positions[::copies]
-
-
-def _describe_call(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Describe what has to be the same on every rank, tensors by their digest."""
-    # What a rank wants to be returned is its own affair.
-    settings = {
-        name: json.loads(json.dumps(value, default=str))
-        for name, value in config.to_dict().items()
-        if value is not None and not name.startswith(("_", "output_", "return_"))
-    }
-    return {
-        "call": "hf.generate",
-        "input_ids": digest_indices(input_ids),
-        "attention_mask": digest_indices(model_kwargs.get("attention_mask")),
-        "cached": model_kwargs["past_key_values"].get_seq_length(),
-        **settings,
-    }
-
-
-def _requested_length(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, arguments: dict[str, Any]
-) -> int | None:
-    """Count prompt and new tokens together, where the call says how many; padding does not count."""
-    config: Any = arguments.get("generation_config") or model.generation_config
-    new, length = arguments.get("max_new_tokens", config.max_new_tokens), arguments.get("max_length")
-    padded = input_ids.shape[-1]
-    prompt = padded if attention_mask is None else int(attention_mask.sum(dim=-1).max())
-    if new is None:
-        return None if length is None else prompt + max(int(length) - padded, 0)
-    return prompt + int(new)
+    chosen = comm.all_gather(mine, [tuple(shape), *[(0,)] * (comm.size - 1)])[0]
+    session.renew()
+    return chosen

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..collectives import sum_scatter
 from ..comm import Communicator, agree
@@ -70,10 +69,3 @@ def _buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> Iterator[
 
 def _elements(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Hash the XOR of each parameter's and buffer's bits: cheap, and other for other weights."""
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    sums = [int(torch.hash_tensor(tensor.detach()).view(torch.int64)) for tensor in tensors if tensor.numel()]
-    return hashlib.blake2b(repr(sums).encode(), digest_size=8).hexdigest()

@@ -90,6 +90,8 @@ class Padding:
                 problem=f"attention_mask must be (batch, {kv_length}), one value for each token so far: got {got}."
             )
         visible = attention_mask.bool()
+        if not torch.equal(visible.to(attention_mask.dtype), attention_mask):
+            return cls(problem="attention_mask may hold only 1, and 0 for padding: got other values.")
         if bool(visible.all()):
             return cls()
         keys = torch.arange(kv_length, device=visible.device)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..comm import Communicator
+from ..comm import Communicator, agree, mistakes_reach_all
+from ..digests import digest_indices
 from ..errors import Unsupported
 from ..layouts import Layout
 from ..tree import unit
 from .bound_model import MASK_POSITIONS, AttentionCall, BoundModel, has_argument
 from .cache import CacheShape, LocalTokens, ShardedCache
 from .masks import IntervalMask, MaskFunction, interval_mask
+from .requests import check_columns, check_tokens
 from .tiles import Tiles
 
 
@@ -42,6 +46,7 @@ class Session(BoundModel):
         self.cache_shape: CacheShape | None = None
         # By layer, the cache that was updated last: the attention call that follows is over it.
         self.updated: dict[int, ShardedCache] = {}
+        self._mistakes: mistakes_reach_all | None = None
 
     def new_cache(self) -> ShardedCache:
         """Make an empty cache for this model. It may be used as long as the session is open."""
@@ -49,7 +54,11 @@ class Session(BoundModel):
         return ShardedCache(self, self.comm, self.cache_shape, self.reproducible)
 
     def check(self, cache: ShardedCache) -> None:
-        """Raises: ValueError after the session has been closed, or where the cache is another group's."""
+        """Raises: ValueError after the session has been closed, or where the cache is another group's.
+
+        Whatever uses the cache comes here: under torch.autocast it raises Unsupported.
+        """
+        refuse_autocast(self.model)
         if not self.open:
             raise ValueError(
                 "this cache belongs to a session that is closed; outside of it the model attends to the newest "
@@ -65,6 +74,37 @@ class Session(BoundModel):
         """Expect an attention call over `cache`."""
         self.updated[layer] = cache
 
+    @contextlib.contextmanager
+    def call_of_all_ranks(self, cache: ShardedCache) -> Iterator[None]:
+        """Around a call that all ranks make over the cache: where it fails on one rank, it fails on all of them.
+
+        Wherever the exception comes, the others hear of it in this call, which ends with an agreement. The cache
+        is left as it was.
+        """
+        if self._mistakes is not None:  # part of such a call
+            yield
+            return
+        length = cache.get_seq_length()
+        try:
+            with mistakes_reach_all(self.comm) as self._mistakes:
+                yield
+                agree(self.comm, {"call": "the end of a call of hf"})
+        except BaseException:
+            cache.cut(length)
+            raise
+        finally:
+            self._mistakes = None
+
+    def renew(self) -> None:
+        """Hear that what all ranks do together is over: until the next, exceptions are this rank's own."""
+        if self._mistakes is not None:
+            self._mistakes.renew()
+
+    def agree(self, call: dict[str, Any]) -> None:
+        """Agree on `call`. Raises: Mismatch."""
+        agree(self.comm, call)
+        self.renew()
+
     @torch.no_grad()
     def prefill(
         self,
@@ -72,44 +112,52 @@ class Session(BoundModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        **inputs: Tensor,
     ) -> None:
         """Append the tokens `input_ids` to the cache; each rank runs the model on its own share of them.
 
+        `inputs` are what else the model is handed for each token, such as token_type_ids. Where the call fails on
+        one rank it fails on all, and the cache is left as it was.
+
         Shapes: input_ids (batch, new), the same on every rank; attention_mask (batch, cached + new);
-        position_ids (batch or 1, new), by default counted from the first token that is not padding.
-        Raises: Unsupported for masks other than padding on the left; ValueError where the sequence gets longer
-        than `positions`.
+        position_ids (batch or 1, new) or, where positions have several axes, (axes, batch or 1, new), by default
+        counted from the first token that is not padding; other inputs (batch or 1, new).
+        Raises: Unsupported for masks other than padding on the left, and under torch.autocast; ValueError where
+        the sequence gets longer than `positions`; Mismatch where the ranks' calls differ.
         """
-        seen, new = cache.get_seq_length(), input_ids.shape[1]
-        if new == 0:
-            return
-        if position_ids is None:
-            position_ids = _count_positions(input_ids, seen, attention_mask)
+        with self.call_of_all_ranks(cache):
+            self.check(cache)
+            seen, new = cache.get_seq_length(), check_tokens(self.model, input_ids).shape[1]
+            if position_ids is None:
+                position_ids = _count_positions(input_ids, seen, attention_mask)
+            inputs = {"input_ids": input_ids, "position_ids": position_ids, **inputs}
+            check_columns(inputs, new)
+            described = {name: digest_indices(x) for name, x in inputs.items()}
+            described |= {"attention_mask": digest_indices(attention_mask)}
+            self.agree({"call": "hf.Session.prefill", "cached": seen, **described})
+            self._prefill(cache, inputs, attention_mask)
+
+    def _prefill(self, cache: ShardedCache, inputs: dict[str, Tensor], attention_mask: Tensor | None) -> None:
+        seen, new, together = cache.get_seq_length(), inputs["input_ids"].shape[1], unit(self.reproducible)
         # A segment that has begun lies where it is: every rank runs the tokens that go into it.
-        replicated = min(-seen % unit(self.reproducible), new)
+        replicated = min(-seen % together, new)
         if replicated:
             mask = None if attention_mask is None else attention_mask[:, : seen + replicated]
-            self._run(cache, None, input_ids[:, :replicated], mask, position_ids[:, :replicated])
+            self._run(cache, None, {name: x[..., :replicated] for name, x in inputs.items()}, mask)
         if new > replicated:
-            mine = self.layout.positions(new - replicated, self.comm.rank, self.comm.size, unit(self.reproducible))
+            mine = self.layout.positions(new - replicated, self.comm.rank, self.comm.size, together)
             local_tokens = LocalTokens(self.layout, local=len(mine), total=new - replicated)
-            rows = replicated + (mine if len(mine) else torch.zeros(1, dtype=torch.int64))
-            self._run(cache, local_tokens, input_ids[:, rows], attention_mask, position_ids[:, rows])
+            columns = replicated + (mine if len(mine) else torch.zeros(1, dtype=torch.int64))
+            self._run(cache, local_tokens, {name: x[..., columns] for name, x in inputs.items()}, attention_mask)
 
     def _run(
-        self,
-        cache: ShardedCache,
-        local_tokens: LocalTokens | None,
-        ids: Tensor,
-        mask: Tensor | None,
-        positions: Tensor,
+        self, cache: ShardedCache, local_tokens: LocalTokens | None, inputs: dict[str, Tensor], mask: Tensor | None
     ) -> None:
         """Put these tokens into the cache; with `local_tokens`, they are this rank's of all."""
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         keep = {"logits_to_keep": 1} if has_argument(self.model, "logits_to_keep") else {}
         cache.local_tokens = local_tokens
         try:
-            self.model(**inputs, past_key_values=cache, use_cache=True, **keep)
+            self.model(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True, **keep)
         finally:
             cache.local_tokens = None
 
@@ -169,3 +217,12 @@ def _count_positions(input_ids: Tensor, seen: int, attention_mask: Tensor | None
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids[:, :1]).expand(-1, seen + input_ids.shape[1])
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, seen:]
+
+
+def refuse_autocast(model: PreTrainedModel) -> None:
+    """Raises: Unsupported under torch.autocast: a cache has one dtype, and autocast gives keys and values two."""
+    if torch.is_autocast_enabled(model.device.type):
+        raise Unsupported(
+            "torch.autocast is not supported over sharded keys. Leave it, and load the model in the dtype that it "
+            "is to compute in: load(path, dtype=torch.bfloat16)."
+        )

@@ -69,11 +69,11 @@ class Tiles:
         """Return logits and cache as the model's own forward does, without a gradient.
 
         Shapes: input_ids (batch, tokens): those of `past_key_values.local_tokens`, or replicated ones;
-        attention_mask (batch, cached + new); position_ids (batch or 1, tokens).
+        attention_mask (batch, cached + new); position_ids and other tensors (..., batch or 1, tokens).
         Raises: Unsupported where more is asked for than logits.
         """
-        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **others}
         if input_ids is None or not isinstance(past_key_values, ShardedCache):
+            inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **others}
             return self._forward(input_ids=input_ids, past_key_values=past_key_values, **inputs)
         keep = others.pop("logits_to_keep", None)
         if (why_not := _why_not_in_tiles(keep, others)) is not None:
@@ -81,14 +81,15 @@ class Tiles:
         cache, (batch, count) = past_key_values, input_ids.shape
         if position_ids is None:
             position_ids = cache.get_seq_length() + torch.arange(count, device=input_ids.device)[None]
+        columns = {"input_ids": input_ids, "position_ids": position_ids}
+        columns |= {name: others.pop(name) for name, x in [*others.items()] if isinstance(x, Tensor)}
         spans = [slice(start, min(start + SEGMENT, count)) for start in range(0, count, SEGMENT)]
         places = list(itertools.product(range(batch), spans))
         functions = [
             functools.partial(
                 self._tile,
-                input_ids[b : b + 1, span],
+                {name: x[..., b % x.shape[-2], None, span] for name, x in columns.items()},
                 None if attention_mask is None else attention_mask[b : b + 1],
-                position_ids[b % len(position_ids)][None, span],
                 _TileCache(cache, count),
                 keep,
                 others,
@@ -104,23 +105,21 @@ class Tiles:
     @torch.no_grad()
     def _tile(
         self,
-        ids: Tensor,
+        columns: dict[str, Tensor],
         mask: Tensor | None,
-        positions: Tensor,
         cache: _TileCache,
         keep: int | None,
         others: dict[str, Any],
         attend: Attend,
     ) -> Tensor:
         """Compute one tile's logits, at least the last `keep`; what fills it up stands before its own rows."""
-        count = ids.shape[1]
+        count = columns["input_ids"].shape[1]
         filling = -count % ROWS
         self._thread.attend = functools.partial(_attend_without_filling, filling, attend)
         try:
             logits: Tensor = self._forward(
-                input_ids=_fill(ids, filling),
+                **{name: _fill(x, filling) for name, x in columns.items()},
                 attention_mask=mask,
-                position_ids=_fill(positions, filling),
                 past_key_values=cache,
                 **others,
                 **({} if keep is None else {"logits_to_keep": keep + -keep % ROWS}),
@@ -204,4 +203,4 @@ def _attend_without_filling(filling: int, attend: Attend, call: AttentionCall) -
 
 def _fill(x: Tensor, filling: int) -> Tensor:
     """Put copies of the first column before `x`, in memory of its own."""
-    return torch.cat([x[:, :1].expand(-1, filling), x], dim=1)
+    return torch.cat([x[..., :1].expand(*x.shape[:-1], filling), x], dim=-1)

@@ -29,11 +29,13 @@ from ..strategies import Strategy, as_strategy
 from .batch import Batch, BatchMask, Execution
 from .binding import longest_sequence, register
 from .bound_model import MASK_POSITIONS, AttentionCall, BoundModel, has_argument
-from .gradients import sum_gradients, weights_digest
+from .gradients import sum_gradients
+from .identity import describe_model
 from .masks import NO_RULE, MaskFunction, evaluate, interval_mask, why_no_rule
 from .probe import TOKENS, probe_training
 from .randomness import NoRandomNumbers
 from .sequences import IGNORE_INDEX, Sequences
+from .wrappers import check_whole
 
 
 @contextlib.contextmanager
@@ -67,9 +69,10 @@ def training(
     session already, or more positions than it has; Mismatch where the ranks' models or arguments differ.
     """
     comm = as_communicator(comm)
-    bound = Training(model, comm, Execution(as_layout(layout), strategy, kernel, reproducible), 0)
     with contextlib.ExitStack() as undo:
         with mistakes_reach_all(comm):
+            check_whole(model)
+            bound = Training(model, comm, Execution(as_layout(layout), strategy, kernel, reproducible), 0)
             _check_losses(model)
             bound.positions = longest_sequence(model, positions)
             name = undo.enter_context(register(bound))
@@ -252,13 +255,12 @@ def _check_losses(model: PreTrainedModel) -> None:
 
 def _describe(bound: Training) -> dict[str, Any]:
     """Describe what has to be the same on every rank."""
-    model, strategy = bound.model, as_strategy(bound.execution.strategy)
+    strategy = as_strategy(bound.execution.strategy)
     return {
-        "model": type(model).__name__,
         "layout": bound.layout.describe(),
         "strategy": "auto" if strategy is None else strategy.name,
         "reproducible": bound.execution.reproducible,
-        "weights": weights_digest(model) if bound.comm.size > 1 else None,
+        **describe_model(bound.model, bound.comm.size),
     }
 
 
