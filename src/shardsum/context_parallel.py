@@ -80,7 +80,9 @@ class _AttentionMode(TorchFunctionMode):
             return func(*args, **kwargs)
         self.calls += 1
         with mistakes_reach_all(self.comm):
-            tensors, options = _translate(self.comm.size, *args, **kwargs)
+            tensors, options = _translate(*args, **kwargs)
+            if self.comm.size > 1:
+                _check_part(*tensors[:2], options)
             _compute_again_inside(self)
         return attention(*tensors, comm=self.comm, layout=self.layout, strategy=self.strategy, **options)
 
@@ -127,7 +129,6 @@ def _what_computes_again(frame: FrameType, module: Any) -> tuple[Any, str]:
 
 
 def _translate(
-    ranks: int,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -145,30 +146,35 @@ def _translate(
         )
     if query.shape[1] != key.shape[1] and not enable_gqa:
         raise ValueError(f"{query.shape[1]} query heads and {key.shape[1]} KV heads need enable_gqa=True.")
-    if ranks > 1 and query.shape[2] == key.shape[2] == 1 and not is_causal and attn_mask is None:
-        raise Unsupported(
-            "this rank holds one token and is_causal is False: a model may have left its mask out for that. "
-            "Give each rank more tokens, or call shardsum.attention."
-        )
     options = {
         "causal": is_causal,
         "q_start": 0 if is_causal else None,
         "scale": scale,
         "dropout_p": dropout_p,
-        "bias": None if attn_mask is None else _bias(attn_mask, query, key, ranks, is_causal),
+        "bias": None if attn_mask is None else _bias(attn_mask, query, is_causal),
     }
     return (query, key, value), options
 
 
-def _bias(mask: Tensor, query: Tensor, key: Tensor, ranks: int, is_causal: bool) -> Tensor:
+def _check_part(query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
+    """Refuse what a model may have made of its rank's tokens as if they were all."""
+    bias = options["bias"]
+    if query.shape[2] == key.shape[2] == 1 and bias is None and not options["causal"]:
+        raise Unsupported(
+            "this rank holds one token and is_causal is False: a model may have left its mask out for that. "
+            "Give each rank more tokens, or call shardsum.attention."
+        )
+    if bias is not None and bias.shape[3] == key.shape[2]:
+        raise Unsupported(
+            f"attn_mask has {bias.shape[3]} columns, one for each key of this rank: it must have one for each "
+            "key of all ranks. Use is_causal, or shardsum.attention with window, key_range or cu_seqlens."
+        )
+
+
+def _bias(mask: Tensor, query: Tensor, is_causal: bool) -> Tensor:
     """An attn_mask as a bias, of this rank's rows and the keys of all ranks."""
     if is_causal:
         raise ValueError("attn_mask and is_causal exclude each other, as in F.scaled_dot_product_attention.")
-    if ranks > 1 and mask.shape[-1] == key.shape[2]:
-        raise Unsupported(
-            f"attn_mask has {mask.shape[-1]} columns, one for each key of this rank: it must have one for each "
-            "key of all ranks. Use is_causal, or shardsum.attention with window, key_range or cu_seqlens."
-        )
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, -torch.inf)
     mask = mask[(None,) * (4 - mask.ndim)]
