@@ -56,10 +56,11 @@ def test_as_one_process_alone(capsys: Capture, folder: Path, ranks: int, transpo
     # 2 layers, k and v, 2 heads of 8 float32, 101 positions: the last new token is in nobody's cache.
     assert found["kv_bytes_alone"] == 2 * 2 * 2 * 8 * 4 * 101
     assert len(found["kv_bytes_per_rank"]) == ranks
-    # Per rank, peer and layer: a header of 64 bytes and, for each of 4 heads, a state of 8 + 1 float32; then rank
-    # 0's choice: the token, and whether to stop.
+    # Per rank, peer and layer: a header of 64 bytes and, for each of 4 heads, a state of 8 + 1 float32; then the
+    # header under which the ranks take rank 0's choice: the token, and whether to stop.
     states = ranks * (ranks - 1) * 2 * (64 + 4 * 9 * 4)
-    assert found["wire_bytes_per_token"] == states + (ranks - 1) * 2 * 8
+    choice = ranks * (ranks - 1) * 64 + (ranks - 1) * 2 * 8
+    assert found["wire_bytes_per_token"] == states + choice
     assert found["answer"].count("w") == 12
 
 
