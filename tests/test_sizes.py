@@ -35,9 +35,7 @@ PUBLIC = {*shardsum.__all__, *shardsum.hf.__all__}
 # What stays although a check finds it, by file or scope, and why.
 _OF_A_REPORT = "how many threads a process has, in a report"
 _OF_A_JOB = "how many threads a rank has, or that it is one"
-_MENDED_SOON = "to be mended"
 EXCEPTIONS: dict[str, dict[str, str]] = {
-    "long_classes": {"hf/session.py:Session": "prefill and what it is asked with belong apart: the next to split"},
     "names_outside_registries": {
         "bench/timing.py:machine": _OF_A_REPORT,
         "cli/comparison.py": _OF_A_REPORT,

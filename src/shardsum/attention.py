@@ -11,6 +11,7 @@ from torch import Tensor
 from .arguments import Arguments, Indices, Window, autocast
 from .collectives import Collective
 from .comm import Communicator, as_communicator, mistakes_reach_all
+from .compiler import outside_graphs
 from .dtensors import local_parts
 from .kernels import Kernel
 from .layouts import Layout
@@ -20,6 +21,7 @@ from .scalars import flag
 from .strategies import Strategy
 
 
+@outside_graphs
 def attention(
     q: Float[Tensor, "batch q_heads q_len head_dim"],
     k: Float[Tensor, "batch kv_heads kv_len head_dim"],

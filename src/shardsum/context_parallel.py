@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .attention import attention
 from .comm import Communicator, as_communicator, mistakes_reach_all
+from .compiler import outside_graphs
 from .errors import Unsupported
 from .layouts import Layout
 from .strategies import Strategy
@@ -105,6 +106,7 @@ class _Again:
             return self.compute(*args)
 
 
+@outside_graphs
 def _compute_again_inside(mode: _AttentionMode) -> None:
     """Make every checkpoint whose forward is under way compute again inside this mode.
 

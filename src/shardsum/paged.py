@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .blocks import Paged
+from .compiler import outside_graphs
 from .kernels import NativeKernel
 from .masks import Bounds
 from .problem import DTYPES
@@ -17,6 +18,7 @@ from .state import AttentionState
 from .tensors import check_tensors, no_gradient
 
 
+@outside_graphs
 def decode_paged(
     q: Float[Tensor, "batch q_heads q_len head_dim"],
     k_pages: Float[Tensor, "pages kv_heads page_len head_dim"],

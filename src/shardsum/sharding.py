@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .collectives import MAXIMUM, Collective, as_collective, reduce_over_ranks
 from .comm import Communicator, agree_on, as_communicator
+from .compiler import outside_graphs
 from .layouts import Layout, as_layout
 from .placement import Placement
 from .problem import state_dtype
@@ -19,6 +20,7 @@ from .tensors import check_tensors, no_gradient
 from .tree import unit
 
 
+@outside_graphs
 def shard(
     x: Tensor,
     *,
@@ -42,6 +44,7 @@ def shard(
     return part
 
 
+@outside_graphs
 def unshard(
     x: Tensor,
     *,
@@ -80,6 +83,7 @@ def unshard(
     return whole
 
 
+@outside_graphs
 def weighted_sum(
     weights: Float[Tensor, "*rows keys"],
     values: Float[Tensor, "*batch keys v_dim"],
@@ -113,6 +117,7 @@ def weighted_sum(
     return total.to(values.dtype)
 
 
+@outside_graphs
 def global_value(
     values: Tensor,
     kind: str,

@@ -1,4 +1,4 @@
-"""`attention` inside what people train with: gradcheck, autocast, checkpointing, torch.compile, process groups."""
+"""`attention` inside what people train with: gradcheck, autocast, checkpointing, process groups."""
 
 from __future__ import annotations
 
@@ -155,30 +155,6 @@ def test_autocast_leaves_float64_as_torch_does() -> None:
         assert_close(shardsum.attention(x, x, x), whole(x, causal=False), 1e-12, "float64")
         with pytest.raises(ValueError, match="one dtype of float64"):
             shardsum.attention(x.int(), x.int(), x.int())
-
-
-class Block(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = torch.nn.Linear(4, 4).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x)
-        out: Tensor = 2 * shardsum.attention(y, y, y, causal=True)
-        return out
-
-
-def compiled(comm: Communicator) -> None:
-    block, x = Block(), normal(1, 2, 9, 4)
-    expected = gradient_of(block, x)
-    found = gradient_of(torch.compile(block, backend="aot_eager"), x)
-    for one, reference in zip(found, expected, strict=True):
-        assert_close(one, reference, 1e-12, "compiled")
-
-
-def test_in_a_compiled_model() -> None:
-    """In a process of its own: the compiler can't read what checks shapes in tests."""
-    launch(compiled, ranks=1, transport="gloo")
 
 
 def test_the_weighted_sum_has_gradients() -> None:

@@ -170,7 +170,7 @@ def test_autocast_is_refused_by_name(where: str, reproducible: bool) -> None:
                 elif where == "a session's generate":
                     generate(session, prompt(9), max_new_tokens=2)
                 else:
-                    with session.call_of_all_ranks(cache):
+                    with session.shared_call.over(cache, comm):
                         model(prompt(9), past_key_values=cache)
         return str(caught.value)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..compiler import outside_graphs
 from ..errors import Unsupported
 from .group import GroupTransport
 from .membership import Membership
@@ -43,6 +44,7 @@ class Communicator(Membership):
         self.prepared = PreparedOperations()
         self.calls = self.epoch = 0
 
+    @outside_graphs
     def all_gather(
         self, part: Tensor, shapes: Sequence[Sequence[int]] | None = None, into: Tensor | None = None
     ) -> list[Tensor]:
@@ -60,6 +62,7 @@ class Communicator(Membership):
         self._transport.all_gather(part.contiguous(), into, [piece.nbytes for piece in pieces])
         return pieces
 
+    @outside_graphs
     def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """What each rank holds for this one, in rank order: rank r receives every rank's `parts[r]`.
 
@@ -70,6 +73,7 @@ class Communicator(Membership):
         self._transport.all_to_all([as_bytes(part) for part in parts], flat, [piece.nbytes for piece in pieces])
         return pieces
 
+    @outside_graphs
     def exchange(self, part: Tensor, to: int, source: int, shape: Sequence[int]) -> Callable[[], Tensor]:
         """Start sending `part` to one rank and receiving `shape` from another; call the result to wait.
 
@@ -88,6 +92,7 @@ class Communicator(Membership):
 
         return finish
 
+    @outside_graphs
     def start(self, *messages: Message) -> Callable[[], None]:
         """Start messages that make one round; call the result to wait for all of them.
 
@@ -101,11 +106,13 @@ class Communicator(Membership):
         waits = [self._transport.exchange(*message) for message in messages]
         return lambda: _call_all(waits)
 
+    @outside_graphs
     def send(self, part: Tensor, to: int) -> None:
         """Send `part`, contiguous, to one rank, which receives it."""
         self._count(part.nbytes, int(part.nbytes > 0))
         self._transport.send(part, to)
 
+    @outside_graphs
     def receive(self, into: Tensor, source: int) -> None:
         """Write to `into`, contiguous, what one rank sends."""
         self.check()
@@ -124,6 +131,7 @@ class Communicator(Membership):
 
         return again
 
+    @outside_graphs
     def barrier(self) -> None:
         """Return when every rank has come here."""
         self.all_gather(torch.zeros(1, dtype=torch.uint8))

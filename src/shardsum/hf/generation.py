@@ -10,6 +10,7 @@ from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
 from ..comm import Communicator, agree, as_communicator, mistakes_reach_all
+from ..compiler import outside_graphs
 from ..errors import Unsupported
 from ..layouts import Layout
 from .binding import sharded
@@ -28,6 +29,7 @@ _SAMPLING = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 
+@outside_graphs
 def generate(
     model: PreTrainedModel | Session,
     input_ids: Tensor | None = None,
@@ -73,7 +75,7 @@ def _generate(session: Session, input_ids: Tensor, **arguments: Any) -> Any:
     model: Any = session.model  # its `generate` comes from a mixin that torch's Module hides from type checkers
     with mistakes_reach_all(session.comm):
         arguments = _arrange(loop, arguments)
-    with session.call_of_all_ranks(arguments["past_key_values"]):
+    with session.shared_call.over(arguments["past_key_values"], session.comm):
         return model.generate(input_ids, **arguments)
 
 
@@ -118,7 +120,8 @@ class _Loop:
         seen = model_kwargs["past_key_values"].get_seq_length()
         inputs = inputs_of_tokens(model, input_ids, seen, model_kwargs)
         described = describe_request(input_ids, generation_config, model_kwargs, inputs, [*logits_processor])
-        self.session.agree({"call": "hf.generate", **described, **self.stops})
+        agree(self.session.comm, {"call": "hf.generate", **described, **self.stops})
+        self.session.renew()
         beams = generation_config.get_generation_mode() in _BEAMS
         self._prefill(input_ids, generation_config, model_kwargs, inputs)
         stopping_criteria = _RankZeroCriteria(stopping_criteria, self.session)

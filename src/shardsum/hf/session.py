@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..comm import Communicator, agree, mistakes_reach_all
+from ..comm import Communicator, agree
+from ..compiler import outside_graphs
 from ..digests import digest_indices
 from ..errors import Unsupported
 from ..layouts import Layout
@@ -19,6 +18,7 @@ from .bound_model import MASK_POSITIONS, AttentionCall, BoundModel, has_argument
 from .cache import CacheShape, LocalTokens, ShardedCache
 from .masks import IntervalMask, MaskFunction, interval_mask
 from .requests import check_columns, check_tokens
+from .shared_call import SharedCall
 from .tiles import Tiles
 
 
@@ -30,6 +30,7 @@ class Session(BoundModel):
     - `reproducible`: whether logits have the same bits on any number of ranks; the model runs in `tiles` then.
     - `new_cache()`: an empty KV cache, spread over the ranks.
     - `prefill(cache, input_ids, ...)`: put new tokens into it, each rank running its own share of them.
+    - `shared_call`: the call of all ranks that is under way.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Session(BoundModel):
         self.cache_shape: CacheShape | None = None
         # By layer, the cache that was updated last: the attention call that follows is over it.
         self.updated: dict[int, ShardedCache] = {}
-        self._mistakes: mistakes_reach_all | None = None
+        self.shared_call = SharedCall()
 
     def new_cache(self) -> ShardedCache:
         """Make an empty cache for this model. It may be used as long as the session is open."""
@@ -74,38 +75,12 @@ class Session(BoundModel):
         """Expect an attention call over `cache`."""
         self.updated[layer] = cache
 
-    @contextlib.contextmanager
-    def call_of_all_ranks(self, cache: ShardedCache) -> Iterator[None]:
-        """Around a call that all ranks make over the cache: where it fails on one rank, it fails on all of them.
-
-        Wherever the exception comes, the others hear of it in this call, which ends with an agreement. The cache
-        is left as it was.
-        """
-        if self._mistakes is not None:  # part of such a call
-            yield
-            return
-        length = cache.get_seq_length()
-        try:
-            with mistakes_reach_all(self.comm) as self._mistakes:
-                yield
-                agree(self.comm, {"call": "the end of a call of hf"})
-        except BaseException:
-            cache.cut(length)
-            raise
-        finally:
-            self._mistakes = None
-
     def renew(self) -> None:
-        """Hear that what all ranks do together is over: until the next, exceptions are this rank's own."""
-        if self._mistakes is not None:
-            self._mistakes.renew()
-
-    def agree(self, call: dict[str, Any]) -> None:
-        """Agree on `call`. Raises: Mismatch."""
-        agree(self.comm, call)
-        self.renew()
+        """Hear that what all ranks do together is over."""
+        self.shared_call.renew()
 
     @torch.no_grad()
+    @outside_graphs
     def prefill(
         self,
         cache: ShardedCache,
@@ -125,7 +100,7 @@ class Session(BoundModel):
         Raises: Unsupported for masks other than padding on the left, and under torch.autocast; ValueError where
         the sequence gets longer than `positions`; Mismatch where the ranks' calls differ.
         """
-        with self.call_of_all_ranks(cache):
+        with self.shared_call.over(cache, self.comm):
             self.check(cache)
             seen, new = cache.get_seq_length(), check_tokens(self.model, input_ids).shape[1]
             if position_ids is None:
@@ -134,32 +109,9 @@ class Session(BoundModel):
             check_columns(inputs, new)
             described = {name: digest_indices(x) for name, x in inputs.items()}
             described |= {"attention_mask": digest_indices(attention_mask)}
-            self.agree({"call": "hf.Session.prefill", "cached": seen, **described})
-            self._prefill(cache, inputs, attention_mask)
-
-    def _prefill(self, cache: ShardedCache, inputs: dict[str, Tensor], attention_mask: Tensor | None) -> None:
-        seen, new, together = cache.get_seq_length(), inputs["input_ids"].shape[1], unit(self.reproducible)
-        # A segment that has begun lies where it is: every rank runs the tokens that go into it.
-        replicated = min(-seen % together, new)
-        if replicated:
-            mask = None if attention_mask is None else attention_mask[:, : seen + replicated]
-            self._run(cache, None, {name: x[..., :replicated] for name, x in inputs.items()}, mask)
-        if new > replicated:
-            mine = self.layout.positions(new - replicated, self.comm.rank, self.comm.size, together)
-            local_tokens = LocalTokens(self.layout, local=len(mine), total=new - replicated)
-            columns = replicated + (mine if len(mine) else torch.zeros(1, dtype=torch.int64))
-            self._run(cache, local_tokens, {name: x[..., columns] for name, x in inputs.items()}, attention_mask)
-
-    def _run(
-        self, cache: ShardedCache, local_tokens: LocalTokens | None, inputs: dict[str, Tensor], mask: Tensor | None
-    ) -> None:
-        """Put these tokens into the cache; with `local_tokens`, they are this rank's of all."""
-        keep = {"logits_to_keep": 1} if has_argument(self.model, "logits_to_keep") else {}
-        cache.local_tokens = local_tokens
-        try:
-            self.model(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True, **keep)
-        finally:
-            cache.local_tokens = None
+            agree(self.comm, {"call": "hf.Session.prefill", "cached": seen, **described})
+            self.renew()
+            _prefill(self, cache, inputs, attention_mask)
 
     def attend(self, call: AttentionCall, options: dict[str, Any]) -> Tensor:
         """Attend over the cache that this layer updated, or together with the other tiles.
@@ -210,6 +162,40 @@ class Session(BoundModel):
                 f"got {kv_length - padding}. Open the session with more positions, or shorten the sequence."
             )
         return mask
+
+
+def _prefill(
+    session: Session, cache: ShardedCache, inputs: dict[str, Tensor], attention_mask: Tensor | None
+) -> None:
+    seen, new, together = cache.get_seq_length(), inputs["input_ids"].shape[1], unit(session.reproducible)
+    # A segment that has begun lies where it is: every rank runs the tokens that go into it.
+    replicated = min(-seen % together, new)
+    if replicated:
+        mask = None if attention_mask is None else attention_mask[:, : seen + replicated]
+        _run(session.model, cache, None, {name: x[..., :replicated] for name, x in inputs.items()}, mask)
+    if new > replicated:
+        layout, comm = session.layout, session.comm
+        mine = layout.positions(new - replicated, comm.rank, comm.size, together)
+        local_tokens = LocalTokens(layout, local=len(mine), total=new - replicated)
+        columns = replicated + (mine if len(mine) else torch.zeros(1, dtype=torch.int64))
+        local = {name: x[..., columns] for name, x in inputs.items()}
+        _run(session.model, cache, local_tokens, local, attention_mask)
+
+
+def _run(
+    model: PreTrainedModel,
+    cache: ShardedCache,
+    local_tokens: LocalTokens | None,
+    inputs: dict[str, Tensor],
+    mask: Tensor | None,
+) -> None:
+    """Put these tokens into the cache; with `local_tokens`, they are this rank's of all."""
+    keep = {"logits_to_keep": 1} if has_argument(model, "logits_to_keep") else {}
+    cache.local_tokens = local_tokens
+    try:
+        model(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True, **keep)
+    finally:
+        cache.local_tokens = None
 
 
 def _count_positions(input_ids: Tensor, seen: int, attention_mask: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ..collectives import as_collective
 from ..comm import Communicator, agree, as_communicator, connect, mistakes_reach_all
+from ..compiler import outside_graphs
 from ..errors import Unsupported
 from ..kernels import Kernel
 from ..layouts import Layout, as_layout
@@ -102,6 +103,7 @@ class Training(BoundModel):
         self.separates_documents = True
         self._separations: list[bool] | None = None
 
+    @outside_graphs
     def loss(
         self,
         input_ids: Tensor,
@@ -138,12 +140,7 @@ class Training(BoundModel):
         sequences = Sequences(input_ids, labels, attention_mask, position_ids)
         with mistakes_reach_all(self.comm):
             batch, divisor = self._prepare(sequences, num_items_in_batch, seed)
-        call: dict[str, Any] = {
-            "call": "hf.training.loss",
-            "mode": self.model.training,
-            "divisor": divisor,
-            "seed": seed,
-        }
+        call = {"call": "hf.training.loss", "mode": self.model.training, "divisor": divisor, "seed": seed}
         agree(self.comm, call | sequences.digests())
         logits = self._logits(batch, input_ids, position_ids)
         targets = sequences.targets()
@@ -152,6 +149,7 @@ class Training(BoundModel):
         total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         return sum_over_ranks(total / divisor, batch.comm, as_collective("auto"))
 
+    @outside_graphs
     def sum_gradients(self) -> None:
         """Replace each parameter's gradient by its sum over the ranks: that of the whole loss, on every rank.
 

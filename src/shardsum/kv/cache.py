@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..arguments import Arguments, Indices, indices_of, listed, settled
 from ..comm import Communicator, agree_on, as_communicator, mistakes_reach_all
+from ..compiler import outside_graphs
 from ..errors import Unsupported
 from ..layouts import Layout, as_layout
 from ..placement import Placement
@@ -88,6 +89,7 @@ class KVCache:
         """Bytes of this rank's storage, room to grow included."""
         return sum(layer.nbytes for layer in self._store.layers)
 
+    @outside_graphs
     def append(
         self,
         layer: int,
@@ -124,6 +126,7 @@ class KVCache:
         valid = (new,) * batch if lengths is None else _valid(lengths, batch, new)
         self._store.append(store, k, v, valid, shards)
 
+    @outside_graphs
     def attend(
         self,
         layer: int,
@@ -168,10 +171,12 @@ class KVCache:
 
         return self._calls.get(key, given, make)
 
+    @outside_graphs
     def crop(self, length: int) -> None:
         """Forget every sequence's tokens from position `length` on."""
         self._store.crop(at_least("length", length, 0))
 
+    @outside_graphs
     def reorder(self, sequences: Indices) -> None:
         """Make sequence b of the batch what `sequences[b]` was; entries may repeat (beam search)."""
         self._store.reorder(_order(sequences, self._store.batch))
