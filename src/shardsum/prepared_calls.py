@@ -25,6 +25,9 @@ class PreparedCalls(Generic[Call]):
     def __init__(self) -> None:
         self._calls: dict[Hashable, Call] = {}
 
+    def __deepcopy__(self, memo: Any) -> PreparedCalls[Call]:
+        return PreparedCalls()
+
     def get(self, key: tuple[Hashable, ...], options: Mapping[str, Any], make: Callable[[], Call]) -> Call:
         """The call for a key and options: the one that `make` gave before, or gives now."""
         try:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from ..copies import OnePerRank
 from ..errors import RankLost
 from .ranks import Ranks
 from .transport import Transport
@@ -16,7 +17,7 @@ Member = TypeVar("Member", bound="Membership")
 _HOST_BYTES = 64  # as long as a host's name can be on Linux
 
 
-class Membership:
+class Membership(OnePerRank):
     """One rank of those that a transport joins, until it is closed or has lost a rank."""
 
     def __init__(self, transport: Transport) -> None:

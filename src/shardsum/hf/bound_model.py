@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..comm import Communicator
+from ..copies import OnePerRank
 from ..layouts import Layout
 from .masks import IntervalMask, MaskFunction, as_interval_mask
 
@@ -39,7 +40,7 @@ class AttentionSubstitute(Protocol):
     def attend(self, call: AttentionCall) -> Tensor: ...
 
 
-class BoundModel(ABC):
+class BoundModel(OnePerRank, ABC):
     """One model bound to one communicator: what the functions that Transformers calls belong to.
 
     - `comm`: the only place that keeps the communicator; whatever runs over the ranks takes it from here at each

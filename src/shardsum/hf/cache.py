@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..comm import Communicator
+from ..copies import OneRanksPart
 from ..errors import Unsupported
 from ..kv import KVCache
 from ..layouts import Layout
@@ -81,11 +82,13 @@ class LayerLength(CacheLayerMixin):  # type: ignore[no-untyped-call]  # Transfor
         return -1
 
 
-class ShardedCache(Cache):
+class ShardedCache(OneRanksPart, Cache):
     """The keys and values of all tokens so far, spread over the ranks of `comm`.
 
     `update` keeps this rank's part of the new tokens and returns them as they came; `attend` is what looks at
     all of them. `local_tokens` is set while the forward pass runs on this rank's shard of the tokens.
+    `copy.deepcopy` makes another cache of the same session, for a second question over the same tokens; to save
+    one is refused.
     """
 
     def __init__(
