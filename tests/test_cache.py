@@ -163,6 +163,29 @@ def test_memory_falls_as_one_over_the_ranks(quantize: str | None) -> None:
             assert whole / size * 0.999 <= held <= whole / size * 1.05
 
 
+@any_kind
+@pytest.mark.parametrize("length", [0, 1, 97])
+def test_a_crop_gives_memory_back(length: int, quantize: str | None) -> None:
+    q, k, v = tokens(120)
+
+    def run(comm: Communicator) -> tuple[int, int]:
+        cache = new_cache(comm, quantize=quantize)
+        for _ in range(30):
+            cache.append(0, k[:, :, :100], v[:, :, :100])
+        cache.crop(2990)
+        before = cache.bytes_held
+        cache.crop(length)
+        after = cache.bytes_held
+        cache.append(0, k[:, :, 100:103], v[:, :, 100:103])
+        kept = [*range(length), *range(100, 103)]
+        expect(quantize, cache.attend(0, q[:, :, 103:104]), q[:, :, 103:104], k[:, :, kept], v[:, :, kept])
+        return before, after
+
+    for size in (1, 2):
+        for before, after in launch(run, size, "threads"):
+            assert after < before / 10
+
+
 def refusals(comm: Communicator) -> list[str]:
     _, k, v = tokens(6)
     cache = new_cache(comm, layers=2)
@@ -470,3 +493,31 @@ def test_calls_that_are_remembered_give_what_calls_made_anew_give(size: int) -> 
     found, expected = (launch(decoded_in_many_ways, size, "threads", (plain,)) for plain in (False, True))
     for ours, plain in zip(found, expected, strict=True):
         assert all(map(torch.equal, ours, plain))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"reproducible": True}, Unsupported, r"takes no reproducible: KVCache\(\.\.\., reproducible=True\)"),
+        ({"return_bound": True}, Unsupported, r"takes no return_bound: only attention\(\.\.\.\) bounds"),
+        ({"comm": None}, Unsupported, "takes no comm: the cache has its own"),
+        ({"lengths": [2]}, ValueError, "takes no lengths. It takes the arguments of attention"),
+        ({"reordered": 1}, ValueError, "takes no reordered"),
+        ({"windows": (1, 0)}, ValueError, "takes no windows"),
+        ({"q_start": 1}, ValueError, "q_start: the queries of sequences of different lengths"),
+    ],
+)
+def test_an_option_that_a_cache_does_not_have_is_refused_by_name(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    x = torch.ones(2, 1, 3, 2)
+
+    def run(comm: Communicator) -> None:
+        cache = KVCache(comm=comm, layers=1, kv_heads=1, head_dim=2)
+        cache.append(0, x, x, lengths=[3, 1])
+        for _ in range(2):
+            with pytest.raises(error, match=message):
+                cache.attend(0, x[:, :, :1], **options)
+        assert cache.attend(0, x[:, :, :1]).tolist() == [[[[1.0, 1.0]]]] * 2
+
+    launch(run, 2, "threads")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -61,6 +61,11 @@ class Arguments:
     return_bound: bool = False
     lengths: tuple[int, ...] | None = None  # of a cache: how many keys each sequence has; its queries end there
     reordered: int = 0  # of a cache: a digest of how its sequences were reordered
+
+    @classmethod
+    def names(cls) -> set[str]:
+        """The names that `attention` has for these; what only a cache states is not among them."""
+        return {field.name for field in fields(cls)} - {"lengths", "reordered"}
 
     def describe(self, sizes: Sizes) -> dict[str, Any]:
         """The arguments as JSON values, checked as far as one rank alone can check them."""
@@ -135,6 +140,8 @@ class Arguments:
             key_range = (start, end)
         q_start = None if self.q_start is None else _per_sequence("q_start", self.q_start, batch)
         if self.lengths is not None and set(self.lengths) != {kv_len}:
+            if q_start is not None:
+                raise ValueError("q_start: the queries of sequences of different lengths end where each ends.")
             lengths = torch.tensor(self.lengths)
             start, end = (torch.zeros_like(lengths), lengths) if key_range is None else key_range
             key_range = (start, torch.minimum(end, lengths))

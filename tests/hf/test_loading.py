@@ -61,7 +61,12 @@ def test_not_a_model(tmp_path: Path) -> None:
     _says(tmp_path / "notes.txt", r"is not a model: expected a folder with config\.json, or a \.gguf file")
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
-    _says(tmp_path, "2 GGUF files; choose one with gguf_file")
+    _says(tmp_path, "2 GGUF files; pass the path of one of them")
+    (tmp_path / "parts").mkdir()
+    for part in (1, 2):
+        (tmp_path / "parts" / f"x-0000{part}-of-00002.gguf").write_bytes(b"GGUF")
+    for path in (tmp_path / "parts", tmp_path / "parts" / "x-00002-of-00002.gguf"):
+        _says(path, r"is one of 2 files of a model.*llama-gguf-split --merge")
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all" * 100, b"GGUF" + b"\xff" * 200])

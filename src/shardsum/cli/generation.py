@@ -108,7 +108,7 @@ def _read(name: str) -> str:
 
 def _text(name: str) -> str:
     try:
-        text = Path(name).read_text(encoding="utf-8")
+        text = Path(name).read_text(encoding="utf-8-sig")  # without the mark that some editors begin with
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not text in UTF-8: {error}") from error
     except OSError as error:

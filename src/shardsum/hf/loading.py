@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import struct
 import threading
 import warnings
@@ -23,6 +24,8 @@ from ..errors import Unsupported
 # Bump when what is stored for a GGUF file changes.
 _FORMAT = 1
 _SAMPLE_BYTES = 1 << 20
+# What llama-gguf-split calls the files of one model.
+_PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 # What readers of configuration, safetensors and GGUF files raise for files that are not what they should be.
 _BROKEN_FILE = (
     OSError,
@@ -94,18 +97,28 @@ def _find(path: Path, gguf_file: str | None) -> tuple[Path, Path | None]:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{path} is not a model: expected a folder with config.json, or a .gguf file.")
-        return path.parent, path
+        return path.parent, _whole_file(path)
     if gguf_file is not None:
         if not (path / gguf_file).is_file():
             raise ValueError(f"no such model: {path} has no file {gguf_file}.")
-        return path, path / gguf_file
+        return path, _whole_file(path / gguf_file)
     if (path / "config.json").is_file():
         return path, None
-    files = sorted(path.glob("*.gguf"))
+    files = [_whole_file(file) for file in sorted(path.glob("*.gguf"))]
     if len(files) != 1:
-        found = f"{len(files)} GGUF files; choose one with gguf_file" if files else "neither"
+        found = f"{len(files)} GGUF files; pass the path of one of them" if files else "neither"
         raise ValueError(f"{path} is not a model: expected config.json or one .gguf file in it, found {found}.")
     return path, files[0]
+
+
+def _whole_file(gguf: Path) -> Path:
+    """Return the path. Raises: Unsupported for one of several files that are one model together."""
+    if (part := _PART.search(gguf.name)) is not None and int(part[1]) > 1:
+        raise Unsupported(
+            f"{gguf} is one of {int(part[1])} files of a model, which are not read together. Make one of them: "
+            "llama-gguf-split --merge."
+        )
+    return gguf
 
 
 def _from_folder(folder: Path, dtype: torch.dtype, **where: str) -> tuple[Any, Any]:

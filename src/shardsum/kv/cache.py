@@ -29,6 +29,12 @@ from .store import Store
 
 SIZES = ("layers", "kv_heads", "head_dim", "v_dim")
 QUANTIZATIONS = (None, "int8")
+# Arguments of `attention` that `attend` does not have, and why.
+_NOT_OPTIONS = {
+    "comm": "the cache has its own",
+    "reproducible": "KVCache(..., reproducible=True) decides it for the whole cache",
+    "return_bound": "only attention(...) bounds its error",
+}
 
 
 class KVCache(OneRanksPart):
@@ -141,8 +147,8 @@ class KVCache(OneRanksPart):
 
         Queries are the same on every rank, or with `q_replicated=False` this rank's shard by `layout` (prefill).
         `options` are the other arguments of `attention` (window, key_range, softcap, sinks, strategy, ...; but
-        `reproducible` is the cache's), as are Numerics and Raises. In a batch whose sequences have different
-        lengths, each sequence's queries end at its own length.
+        `reproducible` is the cache's, and there is no return_bound), as are Numerics and Raises. In a batch whose
+        sequences have different lengths, each sequence's queries end at its own length.
         """
         with mistakes_reach_all(self.comm):
             flag("return_state", return_state)
@@ -163,16 +169,17 @@ class KVCache(OneRanksPart):
 
         def make() -> PreparedCall:
             sizes = Sizes.of(q, *blocks[0].block.tensors[:2], quantized=self._shape.quantized)
+            _check_options(given)
             arguments = Arguments(**given, reproducible=self._reproducible)
             arguments = replace(arguments, lengths=lengths, reordered=self._store.reordered)
-            placement = owners.placement(store.longest)
-            return PreparedCall(self.comm, sizes, (q,), arguments, placement, store.shape.kind)
+            at = owners.placement(store.longest)
+            return PreparedCall(self.comm, sizes, (q,), arguments, at, store.shape.kind)
 
         return self._calls.get(key, given, make)
 
     @outside_graphs
     def crop(self, length: int) -> None:
-        """Forget every sequence's tokens from position `length` on."""
+        """Forget every sequence's tokens from position `length` on, and give idle memory back."""
         self._store.crop(at_least("length", length, 0))
 
     @outside_graphs
@@ -188,6 +195,14 @@ def _check_shape(sizes: tuple[int, ...], dtype: torch.dtype, quantize: str | Non
         raise Unsupported(f"quantize must be None or 'int8': got {shown(quantize)}.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be float64, float32, bfloat16 or float16: got {dtype}.")
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    for name in options:
+        if name in _NOT_OPTIONS:
+            raise Unsupported(f"KVCache.attend takes no {name}: {_NOT_OPTIONS[name]}.")
+        if name not in Arguments.names():
+            raise ValueError(f"KVCache.attend takes no {name}. It takes the arguments of attention.")
 
 
 def _check_queries(q: Tensor) -> None:

@@ -60,8 +60,14 @@ class Slab:
         """Make room for `slots`; contents stay."""
         capacity = self._parts[0].shape[2]
         if slots > capacity or self._parts[0].shape[0] != batch:
-            slots = slots if capacity == 0 else slots + max(slots // GROWTH_SHARE, GROWTH_POSITIONS)
-            self._parts = [_grown(part, batch, slots) for part in self._parts]
+            slots = slots if capacity == 0 else _with_room(slots)
+            self._parts = [_resized(part, batch, slots) for part in self._parts]
+
+    def release(self, slots: int) -> None:
+        """Give memory back, once the first `slots` and room for more fit into half of it."""
+        batch, _, capacity, _ = self._parts[0].shape
+        if 2 * _with_room(slots) <= capacity:
+            self._parts = [_resized(part, batch, _with_room(slots)) for part in self._parts]
 
     def write(self, row: slice, first: int, k: Tensor, v: Tensor) -> None:
         """Fill the slots from `first` on of some of the sequences."""
@@ -129,8 +135,13 @@ class Layer:
             self.lengths = tuple(self.lengths[sequence] for sequence in order.tolist())
 
 
-def _grown(part: Tensor, batch: int, slots: int) -> Tensor:
-    grown = kept_memory(batch, part.shape[1], slots, part.shape[3], dtype=part.dtype, device=part.device)
+def _with_room(slots: int) -> int:
+    return slots + max(slots // GROWTH_SHARE, GROWTH_POSITIONS)
+
+
+def _resized(part: Tensor, batch: int, slots: int) -> Tensor:
+    resized = kept_memory(batch, part.shape[1], slots, part.shape[3], dtype=part.dtype, device=part.device)
     if part.shape[0]:
-        grown[:, :, : part.shape[2]] = part
-    return grown
+        both = min(part.shape[2], slots)
+        resized[:, :, :both] = part[:, :, :both]
+    return resized

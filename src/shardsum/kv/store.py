@@ -81,10 +81,13 @@ class Store:
         return blocks or [PlacedBlock(Slab(self._shape).block(batch, 0))]
 
     def crop(self, length: int) -> None:
-        """Forget every sequence's tokens from position `length` on."""
+        """Forget every sequence's tokens from position `length` on, and give idle memory back."""
         for layer in self.layers:
             layer.lengths = tuple(min(cached, length) for cached in layer.lengths)
         self._forget_owners()
+        for layer in self.layers:
+            for group in self.owners.held(self._rank):
+                layer.slab(group).release(len(self.owners.runs(group, layer.longest)))
 
     def reorder(self, order: Tensor) -> None:
         """Make sequence b what sequence order[b] was."""
