@@ -106,7 +106,8 @@ class Batch:
     def _seed(self) -> int:
         """Return the batch's seed, drawn by rank 0 when it is first needed; each layer adds its number."""
         if self.seed is None:
-            drawn = torch.randint(1 << 62, (1,))
+            with torch._C.DisableTorchFunction():  # the model may draw none here, see `NoRandomNumbers`
+                drawn = torch.randint(1 << 62, (1,))
             self.seed = int(self.comm.all_gather(drawn)[0])
         return self.seed
 

@@ -39,7 +39,7 @@ def sharded(
 ) -> Iterator[Session]:
     """Open a `Session` in which the model's attention runs over the keys and values of all ranks.
 
-    On entry a few forward passes over seven tokens find out whether the model is one whose tokens meet in plain
+    On entry a few forward passes over a few tokens find out whether the model is one whose tokens meet in plain
     softmax attention only; see `shardsum.hf.probe`. `positions` is the longest sequence to expect, by default
     the model's own limit. With `reproducible` keys lie in whole segments, and logits have the same bits on any
     number of ranks; see `shardsum.hf.tiles`. Everything is undone on exit, after an exception too.
@@ -63,6 +63,7 @@ def sharded(
             call = {"call": "hf.sharded", "layout": layout.describe(), "reproducible": reproducible}
             call |= describe_model(model, comm.size)
         agree(comm, call)
+        session.checked = True
         if reproducible:
             session.tiles = undo.enter_context(run_in_tiles(model))
         yield session

@@ -11,8 +11,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..comm import Communicator
+from ..comm import Communicator, mistakes_reach_all
 from ..copies import OnePerRank
+from ..errors import Unsupported
 from ..layouts import Layout
 from .masks import IntervalMask, MaskFunction, as_interval_mask
 
@@ -47,6 +48,7 @@ class BoundModel(OnePerRank, ABC):
       use. Between two calls another may be put here, on each of its ranks; caches of the one before are refused.
     - `positions`: the longest sequence that the model was checked for.
     - `probe`: while the model is being checked, what stands in for its attention.
+    - `checked`: whether that is done, and all ranks have agreed.
     - `computed_options`: Transformers' options of an attention call that `attend` takes into account.
     """
 
@@ -56,7 +58,7 @@ class BoundModel(OnePerRank, ABC):
         self.model, self.comm, self.layout, self.positions = model, comm, layout, positions
         self.names = {module: name for name, module in model.named_modules()}
         self.probe: AttentionSubstitute | None = None
-        self.open = True
+        self.open, self.checked = True, False
 
     @abstractmethod
     def attend(self, call: AttentionCall, options: dict[str, Any]) -> Tensor:
@@ -80,14 +82,32 @@ class BoundModel(OnePerRank, ABC):
         """Run one attention call of the model, and return (out, None) where Transformers wants weights too.
 
         Shapes: q, k, v as in `AttentionCall`; out (batch, tokens, heads, v_dim).
-        Raises: Unsupported for options that `attend` does not take into account.
+        Raises: Unsupported for options that `attend` does not take into account, and for keys that are not those
+        of the tokens that ask; Mismatch on the other ranks.
         """
         options["dropout"] = dropout
         others = {name: value for name, value in options.items() if name not in self.computed_options}
-        mask = as_interval_mask(self.describe(module), module, attention_mask, scaling, others)
+        with self.mistakes():
+            mask = as_interval_mask(self.describe(module), module, attention_mask, scaling, others)
+            self.check_tokens(module, q, k, v)
         call = AttentionCall(module, q, k, v, mask, scaling)
         out = self.attend(call, options) if self.probe is None else self.probe.attend(call)
         return out.transpose(1, 2).contiguous(), None
+
+    def mistakes(self) -> contextlib.AbstractContextManager[object]:
+        """Surround what a rank may refuse inside the model; while it is being checked, who checks it tells all."""
+        return mistakes_reach_all(self.comm) if self.checked else contextlib.nullcontext()
+
+    def check_tokens(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, tokens: int | None = None) -> None:
+        """Raises: Unsupported unless there is a query, a key and a value for each of the `tokens` at hand."""
+        counts = tuple(x.shape[2] for x in (q, k, v))
+        if set(counts) != {q.shape[2] if tokens is None else tokens} or q.shape[1] % k.shape[1]:
+            here = "" if tokens is None else f" where this rank runs {tokens} tokens"
+            raise Unsupported(
+                f"{self.describe(module)} attends with {counts[0]} queries in {q.shape[1]} heads over {counts[1]} "
+                f"keys in {k.shape[1]} and {counts[2]} values{here}: keys and values must be those of the tokens "
+                "themselves, one for each (none are made of several tokens, added or left out)."
+            )
 
     def describe(self, module: nn.Module) -> str:
         """Name the module by its place in the model, and its class."""

@@ -47,8 +47,8 @@ class CacheOwner(Protocol):
     def check(self, cache: ShardedCache) -> None:
         """Raises: ValueError where the cache may not be used any more."""
 
-    def announce(self, layer: int, cache: ShardedCache) -> None:
-        """Expect an attention call over the cache: Transformers does not hand it on."""
+    def announce(self, layer: int, cache: ShardedCache, k: Tensor, v: Tensor) -> None:
+        """Expect an attention call over the cache with these new keys: Transformers does not hand it on."""
 
     def renew(self) -> None:
         """Hear that a call in which all ranks take part is over."""
@@ -129,18 +129,24 @@ class ShardedCache(OneRanksPart, Cache):
         Raises: ValueError where the session has been closed, or goes on over other ranks.
         """
         self.append(key_states, value_states, layer_idx)
-        self.owner.announce(layer_idx, self)
+        self.owner.announce(layer_idx, self, key_states, value_states)
         return key_states, value_states
 
     def append(self, k: Tensor, v: Tensor, layer: int) -> None:
         """Append the new tokens of one layer, where no attention call of the model's is to follow."""
         self.owner.check(self)
+        mine = k.shape[2] if self.local_tokens is None else max(self.local_tokens.local, 1)
+        if k.shape[2] != mine or v.shape[2] != mine:
+            raise Unsupported(
+                f"layer {layer} caches {k.shape[2]} keys and {v.shape[2]} values where this rank runs "
+                f"{mine} tokens: they must be those of the tokens themselves."
+            )
         if self.local_tokens is None:
             self.store.append(layer, k, v)
             self.lengths[layer].length += k.shape[2]
         else:
-            mine = slice(self.local_tokens.local)
-            self.store.append(layer, k[:, :, mine], v[:, :, mine], layout=self.local_tokens.layout)
+            own = slice(self.local_tokens.local)
+            self.store.append(layer, k[:, :, own], v[:, :, own], layout=self.local_tokens.layout)
             self.lengths[layer].length += self.local_tokens.total
         self.batch = k.shape[0]
         self.owner.renew()

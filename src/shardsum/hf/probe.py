@@ -1,9 +1,10 @@
 """Whether a model's tokens meet in plain softmax attention and nowhere else, found out by running it.
 
 A list of supported architectures would always be out of date, and wrong for a variant. Instead, four questions
-are put to the model itself, in a few forward passes over seven tokens:
+are put to the model itself, in a few forward passes over seven tokens, and the first two again over as many as
+cross every stride, block, chunk and rate of up to 512 tokens that its configuration and modules name (lengths.py):
 
-1. With attention replaced by one that mixes nothing (each token receives its own value), does changing one token
+1. With attention replaced by one that mixes nothing (each token receives its own value), does changing some tokens
    change anything at the others? Then something else mixes tokens: a convolution, a state space, a recurrence.
 2. Run on some of its tokens only, with their positions, does the model compute the same at these tokens? If not,
    it does not place tokens by `position_ids` alone, and a shard would come out differently.
@@ -27,14 +28,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..comm import connect
-from ..errors import Unsupported
+from ..errors import RankLost, Unsupported
 from .bound_model import AttentionCall, BoundModel, has_argument
 from .cache import CacheShape, LocalTokens, ShardedCache
+from .lengths import half_of, longest_stretch
 from .loading import silence
-from .recording import Outputs, first_difference, record_outputs, select_rows
+from .recording import Outputs, first_difference, module_of, record_outputs, select_rows
 from .session import Session
 
-TOKENS, CHANGED, SHARD = 7, 1, [0, 2, 3]
+TOKENS, CHANGED, SHARD = 7, [1], [0, 2, 3]
 
 
 def probe(session: Session, name: str) -> CacheShape:
@@ -47,9 +49,10 @@ def probe(session: Session, name: str) -> CacheShape:
     """
     try:
         with _questions(session, name) as (own, probing):
-            whole = _check_mixing(session)
+            whole = _check_mixing(session, TOKENS)
             shape = probing.shape(session)
-            _check_shard(session, whole, past_key_values=_EchoCache(session, shape))
+            _check_shard(session, whole, SHARD, past_key_values=_EchoCache(session, shape))
+            _check_longer(session)
             session.probe = None
             _check_scores(session, shape, probing.attention_outputs(own))
     finally:
@@ -64,12 +67,13 @@ def probe_training(session: BoundModel, name: str, attending: contextlib.Abstrac
     Raises: as `probe`.
     """
     with _questions(session, name) as (own, probing):
-        whole = _check_mixing(session)
+        whole = _check_mixing(session, TOKENS)
         probing.check_layers(session)
-        _check_shard(session, whole)
+        _check_shard(session, whole, SHARD)
+        _check_longer(session)
         session.probe = None
         with attending:
-            ours = _run(session, _tokens(session.model), **_whole(TOKENS))
+            ours = _run(session, _tokens(session.model, TOKENS), **_whole(TOKENS))
         _refuse_other_scores(first_difference(session.model, probing.attention_outputs(own), ours))
 
 
@@ -80,13 +84,19 @@ def _questions(session: BoundModel, name: str) -> Iterator[tuple[Outputs, _Probe
     _check_kind(model)
     try:
         with torch.no_grad():
-            own = _run(session, _tokens(model), **_whole(TOKENS))
+            own = _run(session, _tokens(model, TOKENS), **_whole(TOKENS))
+            _check_finite(session, own)
             with silence():  # it warns where a model's attention can't be chosen; the probe finds out
                 model.set_attn_implementation(name)
             session.probe = probing = _Probe(session)
             yield own, probing
-    except (AttributeError, TypeError) as error:
-        raise Unsupported(f"{type(model).__name__} can't run on shards of its tokens: {error}") from error
+    except RankLost:
+        raise
+    except (RuntimeError, AttributeError, TypeError, LookupError, ArithmeticError, AssertionError) as error:
+        where = module_of(session, error)
+        raise Unsupported(
+            f"{where or type(model).__name__} can't run on shards of its tokens: {type(error).__name__}: {error}"
+        ) from error
     finally:
         session.probe = None
 
@@ -101,13 +111,27 @@ def _check_kind(model: PreTrainedModel) -> None:
         raise ValueError(f"{kind} is in training mode: call model.eval() first.")
 
 
-def _check_mixing(session: BoundModel) -> Outputs:
+def _check_finite(session: BoundModel, own: Outputs) -> None:
+    """Raises: ValueError, naming the first module whose outputs aren't numbers, by the model's own attention."""
+    for name, (*_, result) in own.items():
+        if not bool(result.isfinite().all()):
+            raise ValueError(
+                f"{name} returns NaN or Inf for ordinary tokens, by its own attention: the model's weights are "
+                f"broken, or too large for {session.model.dtype}."
+            )
+
+
+def _check_mixing(session: BoundModel, length: int) -> Outputs:
     """Put question 1, and return what the model computes where attention mixes nothing."""
-    model, tokens = session.model, _tokens(session.model).repeat(2, 1)
-    tokens[1, CHANGED] = tokens[0, -1]
-    inputs = {"attention_mask": torch.ones_like(tokens), "position_ids": _far_positions(session).expand(2, -1)}
+    model, tokens = session.model, _tokens(session.model, length).repeat(2, 1)
+    changed = CHANGED if length == TOKENS else half_of(length)
+    tokens[1, changed] = tokens[0].roll(1)[changed]
+    inputs = {
+        "attention_mask": torch.ones_like(tokens),
+        "position_ids": _far_positions(session, length).expand(2, -1),
+    }
     whole = _run(session, tokens, **inputs)
-    others = [t for t in range(TOKENS) if t != CHANGED]
+    others = [t for t in range(length) if t not in {*changed}]
     mixer = first_difference(model, select_rows(whole, 0, others), select_rows(whole, 1, others))
     if mixer is not None:
         raise Unsupported(
@@ -117,22 +141,30 @@ def _check_mixing(session: BoundModel) -> Outputs:
     return whole
 
 
-def _check_shard(session: BoundModel, whole: Outputs, **cache: ShardedCache) -> None:
+def _check_longer(session: BoundModel) -> None:
+    """Put the first two questions again over tokens that cross all that the model does by several at a time."""
+    length = longest_stretch(session.model, session.positions)
+    if length > TOKENS:
+        _check_shard(session, _check_mixing(session, length), half_of(length))
+
+
+def _check_shard(session: BoundModel, whole: Outputs, shard: list[int], **cache: ShardedCache) -> None:
     """Put questions 2 and 4 by some of the tokens, going into the cache if there is one."""
-    model, tokens = session.model, _tokens(session.model)[:, SHARD]
+    length = next(iter(whole.values()))[-1].shape[1]
+    model, tokens = session.model, _tokens(session.model, length)[:, shard]
     for argument in ("position_ids", *cache):
         if not has_argument(model, argument):
             raise Unsupported(
                 f"{type(model).__name__} takes no {argument}, so a rank can't run it on its share of the tokens."
             )
-    seen = torch.ones(1, TOKENS if cache else len(SHARD), dtype=torch.int64)
+    seen = torch.ones(1, length if cache else len(shard), dtype=torch.int64)
     if cache:
         seen[0, 0] = 0
     for each in cache.values():
-        each.local_tokens = LocalTokens(session.layout, local=len(SHARD), total=TOKENS)
-    inputs = {"attention_mask": seen, "position_ids": _far_positions(session)[:, SHARD]}
+        each.local_tokens = LocalTokens(session.layout, local=len(shard), total=length)
+    inputs = {"attention_mask": seen, "position_ids": _far_positions(session, length)[:, shard]}
     part = _run(session, tokens, use_cache=bool(cache), **inputs, **cache)
-    shard_only = first_difference(model, select_rows(whole, 0, SHARD), select_rows(part, 0, range(len(SHARD))))
+    shard_only = first_difference(model, select_rows(whole, 0, shard), select_rows(part, 0, range(len(shard))))
     if shard_only is not None:
         raise Unsupported(
             f"{shard_only} computes something else for a token when others are on another rank (its rotary "
@@ -142,7 +174,7 @@ def _check_shard(session: BoundModel, whole: Outputs, **cache: ShardedCache) -> 
 
 def _check_scores(session: Session, shape: CacheShape, own: Outputs) -> None:
     """Put question 3: the last token is decoded over our cache on one rank, the others are prefilled."""
-    model, tokens = session.model, _tokens(session.model)
+    model, tokens = session.model, _tokens(session.model, TOKENS)
     inputs = _whole(TOKENS - 1)
     last = torch.full_like(tokens[:, -1:], TOKENS - 1)
     with session.over(connect("single")):
@@ -178,11 +210,6 @@ class _Probe:
             if name in self.seen:
                 raise Unsupported(f"{where} attends more than once in one pass, which is not supported.")
             self.seen[name] = [states.transpose(1, 2).detach().clone()]
-        if q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
-            raise Unsupported(
-                f"{where} attends with {q.shape[1]} query heads, {k.shape[1]} key heads over {k.shape[2]} keys "
-                f"for {q.shape[2]} tokens: keys and values must be those of the tokens themselves."
-            )
         self.attending.add(where)
         if self.echo is not None:
             self.echo.check(where, layer, k, v)
@@ -235,16 +262,16 @@ class _EchoCache(ShardedCache):
             )
 
 
-def _tokens(model: PreTrainedModel) -> Tensor:
-    """Make seven different tokens, without touching a random generator: (1, 7)."""
+def _tokens(model: PreTrainedModel, length: int) -> Tensor:
+    """Make tokens of which no two neighbours are equal, without touching a random generator: (1, length)."""
     vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
-    return (torch.arange(1, TOKENS + 1, device=model.device) * 7919 % max(vocabulary, 1))[None]
+    return (torch.arange(1, length + 1, device=model.device) * 7919 % max(vocabulary, 1))[None]
 
 
-def _far_positions(session: BoundModel) -> Tensor:
-    """Place the seven tokens, the last as far off as positions get: (1, 7)."""
-    positions = torch.arange(TOKENS)
-    positions[-1] = max(session.positions - 1, TOKENS - 1)
+def _far_positions(session: BoundModel, length: int) -> Tensor:
+    """Place the tokens, the last as far off as positions get: (1, length)."""
+    positions = torch.arange(length)
+    positions[-1] = max(session.positions - 1, length - 1)
     return positions[None]
 
 

@@ -42,6 +42,17 @@ def record_outputs(bound: BoundModel, shape: torch.Size, outputs: Outputs) -> It
             handle.remove()
 
 
+def module_of(bound: BoundModel, error: BaseException) -> str | None:
+    """Name the innermost module of the model whose code an exception came through."""
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        module = trace.tb_frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and bound.names.get(module):
+            found = bound.describe(module)
+        trace = trace.tb_next
+    return found
+
+
 def select_rows(outputs: Outputs, sequence: int, tokens: Sequence[int]) -> Outputs:
     """Return the rows of some tokens of one sequence."""
     return {name: [x[sequence, list(tokens)] for x in values] for name, values in outputs.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -31,6 +32,8 @@ class Sequences:
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{name} must be a torch tensor: got {type(tensor).__name__}.")
         self._check_shapes()
+        if self.labels.dtype != torch.int64:
+            raise ValueError(f"labels must be int64, as the model's own loss takes them: got {self.labels.dtype}.")
         words = model.config.get_text_config(decoder=True).vocab_size
         labels = self.labels.masked_fill(self.labels == IGNORE_INDEX, 0)
         for name, x in (("input_ids", self.input_ids), ("labels", labels)):

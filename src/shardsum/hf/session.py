@@ -45,8 +45,8 @@ class Session(BoundModel):
         self.reproducible = reproducible
         self.tiles: Tiles | None = None
         self.cache_shape: CacheShape | None = None
-        # By layer, the cache that was updated last: the attention call that follows is over it.
-        self.updated: dict[int, ShardedCache] = {}
+        # By layer, the cache that was updated last, and with what: the attention call that follows is over it.
+        self.updated: dict[int, tuple[ShardedCache, Tensor, Tensor]] = {}
         self.shared_call = SharedCall()
 
     def new_cache(self) -> ShardedCache:
@@ -71,9 +71,9 @@ class Session(BoundModel):
                 "into a new one: session.new_cache()."
             )
 
-    def announce(self, layer: int, cache: ShardedCache) -> None:
-        """Expect an attention call over `cache`."""
-        self.updated[layer] = cache
+    def announce(self, layer: int, cache: ShardedCache, k: Tensor, v: Tensor) -> None:
+        """Expect an attention call over `cache`, with these new keys and values."""
+        self.updated[layer] = cache, k, v
 
     def renew(self) -> None:
         """Hear that what all ranks do together is over."""
@@ -122,12 +122,15 @@ class Session(BoundModel):
         if attend_in_tile is not None:
             return attend_in_tile(call)
         layer: Any = getattr(call.module, "layer_idx", None)
-        cache = self.updated.pop(layer, None)
-        if cache is None:
-            raise Unsupported(
-                f"{self.describe(call.module)} attends without a sharded cache: "
-                "pass past_key_values=session.new_cache()."
-            )
+        cache, k, v = self.updated.pop(layer, (None, call.k, call.v))
+        where = self.describe(call.module)
+        with self.mistakes():
+            if cache is None:
+                raise Unsupported(
+                    f"{where} attends without a sharded cache: pass past_key_values=session.new_cache()."
+                )
+            if not (_are_the_same(k, call.k) and _are_the_same(v, call.v)):
+                raise Unsupported(f"{where} attends to other keys or values than it put into the cache.")
         return cache.attend(layer, call.q, call.mask, call.scale)
 
     def mask(
@@ -196,6 +199,13 @@ def _run(
         model(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True, **keep)
     finally:
         cache.local_tokens = None
+
+
+def _are_the_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same elements, which need not be looked at where they lie at one place."""
+    if one.shape != other.shape:
+        return False
+    return (one.data_ptr(), one.stride()) == (other.data_ptr(), other.stride()) or torch.equal(one, other)
 
 
 def _count_positions(input_ids: Tensor, seen: int, attention_mask: Tensor | None) -> Tensor:

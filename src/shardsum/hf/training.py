@@ -33,10 +33,11 @@ from .bound_model import MASK_POSITIONS, AttentionCall, BoundModel, has_argument
 from .gradients import sum_gradients
 from .identity import describe_model
 from .masks import NO_RULE, MaskFunction, evaluate, interval_mask, why_no_rule
+from .own_loss import check_losses
 from .probe import TOKENS, probe_training
 from .randomness import NoRandomNumbers
 from .sequences import IGNORE_INDEX, Sequences
-from .wrappers import check_whole
+from .wrappers import check_no_hooks, check_whole
 
 
 @contextlib.contextmanager
@@ -52,7 +53,7 @@ def training(
     """Open a `Training` in which the model runs on sequences whose tokens are spread over the ranks.
 
     Every rank holds the whole model, with the same weights, and an optimizer of its own. On entry a few forward
-    passes over seven tokens find out whether tokens meet in softmax attention only; see `shardsum.hf.probe`.
+    passes over a few tokens find out whether tokens meet in softmax attention only; see `shardsum.hf.probe`.
     `comm`, `layout`, `strategy`, `kernel` are those of `shardsum.attention`; `positions` is the longest sequence
     to expect, by default the model's own limit. A model may be in training mode or not. Backward passes belong
     inside the block. Everything is undone on exit, after an exception too; weights and gradients stay.
@@ -61,9 +62,10 @@ def training(
     values, have the same bits for the same inputs on any number of ranks. Those of the model's other layers and of
     the weights' gradients, which are sums over the ranks' tokens, are not promised.
 
-    Refused: models in which tokens meet elsewhere too (convolutions, state spaces); masks that are not causal
-    with at most a window; a router's auxiliary loss (`output_router_logits`), which is a product of averages over
-    all tokens and not a sum over tokens; dropout outside of attention, which would be drawn for each rank apart.
+    Refused: models in which tokens meet elsewhere too (convolutions, state spaces, keys made of several tokens);
+    masks that are not causal with at most a window; a loss of the model's own that is not the mean cross-entropy
+    of its logits (label smoothing, weights, a router's auxiliary loss), which it is asked for on entry; dropout
+    outside of attention, which would be drawn for each rank apart.
 
     Traffic: 64 bytes to each other rank.
     Raises: Unsupported, naming the module or option that stands in the way; ValueError for a model that is in a
@@ -74,7 +76,8 @@ def training(
         with mistakes_reach_all(comm):
             check_whole(model)
             bound = Training(model, comm, Execution(as_layout(layout), strategy, kernel, reproducible), 0)
-            _check_losses(model)
+            check_losses(model)
+            check_no_hooks(model)
             bound.positions = longest_sequence(model, positions)
             name = undo.enter_context(register(bound))
             with _evaluation_mode(model):
@@ -82,6 +85,7 @@ def training(
                 bound.find_out_about_documents()
             call = _describe(bound)
         agree(comm, {"call": "hf.training", **call})
+        bound.checked = True
         yield bound
 
 
@@ -99,6 +103,7 @@ class Training(BoundModel):
         super().__init__(model, comm, execution.layout, positions)
         self.execution = execution
         self.batch: Batch | None = None
+        self.own_loss = model.loss_function
         # Whether the model's masks keep packed documents apart, and the answers of each while that is found out.
         self.separates_documents = True
         self._separations: list[bool] | None = None
@@ -184,8 +189,7 @@ class Training(BoundModel):
         self, sequences: Sequences, num_items_in_batch: int | None, seed: int | None
     ) -> tuple[Batch, int]:
         """Return the batch, and what the sum of its token losses is divided by."""
-        if not self.open:
-            raise ValueError("this training session is closed. Use it inside of `with training(...)`.")
+        _check_usable(self)
         sequences.check(self.model, self.positions)
         documents = sequences.position_ids if self.separates_documents else None
         length = sequences.input_ids.shape[1]
@@ -209,6 +213,8 @@ class Training(BoundModel):
         """Attend over the keys of the batch that the mask belongs to."""
         assert isinstance(call.mask, BatchMask)
         assert call.mask.batch is not None
+        with self.mistakes():
+            self.check_tokens(call.module, call.q, call.k, call.v, max(len(call.mask.batch.rows), 1))
         scores = {"softcap": options.get("softcap"), "sinks": options.get("s_aux")}
         return call.mask.batch.attend(call, options["dropout"], **scores)
 
@@ -242,13 +248,12 @@ def _separates_two(mask_function: MaskFunction, batch_size: int, device: torch.d
         raise Unsupported(why_no_rule(error)) from error
 
 
-def _check_losses(model: PreTrainedModel) -> None:
-    """Raises: Unsupported for a router's auxiliary loss."""
-    if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
-        raise Unsupported(
-            f"{type(model).__name__} has output_router_logits=True: a router's auxiliary loss is a product of "
-            "averages over all tokens, not a sum over tokens. Set config.output_router_logits = False."
-        )
+def _check_usable(bound: Training) -> None:
+    if not bound.open:
+        raise ValueError("this training session is closed. Use it inside of `with training(...)`.")
+    check_no_hooks(bound.model)
+    if bound.model.loss_function is not bound.own_loss:
+        raise ValueError("model.loss_function was changed in the session, which computes the one that it had.")
 
 
 def _describe(bound: Training) -> dict[str, Any]:

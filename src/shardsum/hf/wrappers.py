@@ -29,6 +29,16 @@ def check_whole(model: object) -> None:
         raise Unsupported(f"{type(model).__name__} {why_not}")
 
 
+def check_no_hooks(model: PreTrainedModel) -> None:
+    """Raises: Unsupported where something is to be done to a parameter's gradient before the ranks' are summed."""
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise Unsupported(
+                f"{name} has a hook on its gradient (a clip, an optimizer in the backward pass, an all-reduce of "
+                "another library), which would see this rank's part alone. Do that after sum_gradients() instead."
+            )
+
+
 def _advice(wrapper: Any) -> str:
     """Say what to pass in place of a wrapper, if a Transformers model is found in it."""
     if hasattr(wrapper, "get_base_model"):
