@@ -305,7 +305,7 @@ class Told:
         self.held = [[rows[sequence] for sequence in order] for rows in self.held]
 
 
-def attended_after_every_change(comm: Communicator, seed: int) -> None:
+def attended_after_every_change(comm: Communicator, seed: int, changes: int) -> None:
     """Random changes of a cache, each followed by the same calls of `attend`: nothing is remembered too long."""
     draw, layers = random.Random(seed), 3
     cache, told = new_cache(comm, layers), Told(layers)
@@ -334,7 +334,7 @@ def attended_after_every_change(comm: Communicator, seed: int) -> None:
                     one = slice(row, row + 1)
                     expect(None, out[one], queries[one], row_k[None], row_v[None], positions, **mask(row))
 
-    for _ in range(12):
+    for _ in range(changes):
         kind = draw.choice(["one", "some", "sharded", "crop", "reorder", "reset"])
         even = len({x[0].shape[1] for rows in told.held for x in rows}) == 1
         new = 1 if kind == "one" else draw.randint(1, 5)
@@ -363,10 +363,12 @@ def attended_after_every_change(comm: Communicator, seed: int) -> None:
         at += new
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (1, 2))])
-@pytest.mark.parametrize("size", [1, 3])
-def test_nothing_is_remembered_too_long(size: int, seed: int) -> None:
-    launch(attended_after_every_change, ranks=size, transport="threads", args=(seed,), deadline=10.0)
+@pytest.mark.parametrize(
+    ("size", "seed", "changes"),
+    [(1, 0, 12), (3, 0, 7), *(pytest.param(3, seed, 20, marks=pytest.mark.nightly) for seed in (1, 2, 3))],
+)
+def test_nothing_is_remembered_too_long(size: int, seed: int, changes: int) -> None:
+    launch(attended_after_every_change, ranks=size, transport="threads", args=(seed, changes), deadline=10.0)
 
 
 def test_layers_whose_longest_sequences_are_equal_are_no_equal_calls() -> None:
@@ -488,7 +490,7 @@ def decoded_in_many_ways(comm: Communicator, plain: bool) -> list[Tensor]:
     return outs
 
 
-@ranks
+@pytest.mark.parametrize("size", [1, 2, *(pytest.param(size, marks=pytest.mark.nightly) for size in (3, 5))])
 def test_calls_that_are_remembered_give_what_calls_made_anew_give(size: int) -> None:
     found, expected = (launch(decoded_in_many_ways, size, "threads", (plain,)) for plain in (False, True))
     for ours, plain in zip(found, expected, strict=True):

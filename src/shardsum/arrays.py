@@ -21,6 +21,8 @@ from torch import Tensor
 SUFFIXES = (".npy", ".safetensors")
 # NumPy parses a header by `ast`, which in Python 3.11 fails in two threads at once (python/cpython issue 106905).
 _PARSING = threading.Lock()
+# What is being written under a name of its own.
+_unfinished: set[Path] = set()
 # NumPy's own limit of a header, which it looks at when it has made room for what the file announces, up to 4 GB.
 _MAX_HEADER_BYTES = 10_000
 _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -99,12 +101,44 @@ def take(array: Tensor, dim: int, positions: Tensor) -> Tensor:
 
 
 def save_array(path: Path, array: Tensor) -> None:
-    """Write a .npy file, or a .safetensors file whose one tensor is `out`; it appears whole."""
-    with appears_whole(path) as unfinished:
-        if path.suffix == ".npy":
-            np.save(unfinished, array.numpy())
-        else:
-            safetensors.torch.save_file({"out": array.contiguous()}, unfinished)
+    """Write a .npy file, or a .safetensors file whose one tensor is `out`; it appears whole.
+
+    Raises: OSError, naming the file, where it can't be written.
+    """
+    try:
+        with appears_whole(path) as unfinished:
+            if path.suffix == ".npy":
+                _save_npy(unfinished, array.numpy())
+            else:
+                safetensors.torch.save_file({"out": array.contiguous()}, unfinished)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"can't write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def why_not_save(path: Path, size_bytes: int) -> str | None:
+    """Say what is known to keep an array of so many bytes from being written; None if nothing is."""
+    folder = path.parent
+    if path.suffix not in SUFFIXES:
+        return f"the output must be a {' or '.join(SUFFIXES)} file: got {path}."
+    if not folder.is_dir():
+        return f"no such folder: {folder}"
+    if len(os.fsencode(path.name)) > (longest := os.pathconf(folder, "PC_NAME_MAX")):
+        return f"the output's name has {len(os.fsencode(path.name))} bytes, more than the folder's {longest}."
+    if path.is_dir():
+        return f"the output {path} is a folder."
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"the folder {folder} can't be written to."
+    if (free := shutil.disk_usage(folder).free) < size_bytes:
+        return f"no space for {path}: it takes {size_bytes:,} bytes, and {free:,} are free in {folder}."
+    return None
+
+
+def _save_npy(path: Path, array: np.ndarray) -> None:
+    """As numpy.save, whose error says neither the file nor what is wrong."""
+    array = np.asarray(array, order="C")
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.reshape(-1).view(np.uint8).data)
 
 
 @contextlib.contextmanager
@@ -116,17 +150,29 @@ def appears_whole(path: Path, durable: bool = True) -> Iterator[Path]:
     keeps the old or the new, whole; what another process on this machine reads at once needs no such wait.
     Raises: OSError where it can't be written or renamed.
     """
-    unfinished = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{path.suffix}")
+    unfinished = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")  # no longer than the longest name
+    _unfinished.add(unfinished)
     try:
         yield unfinished
         if durable:
             _flush(unfinished)
         unfinished.replace(path)
     finally:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished, ignore_errors=True)
-        else:
-            unfinished.unlink(missing_ok=True)
+        _discard(unfinished)
+
+
+def discard_unfinished() -> None:
+    """Remove what threads of this process have begun to write, before the process ends without them."""
+    for path in [*_unfinished]:
+        _discard(path)
+
+
+def _discard(unfinished: Path) -> None:
+    if unfinished.is_dir():
+        shutil.rmtree(unfinished, ignore_errors=True)
+    else:
+        unfinished.unlink(missing_ok=True)
+    _unfinished.discard(unfinished)
 
 
 def _flush(path: Path) -> None:

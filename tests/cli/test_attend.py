@@ -174,10 +174,10 @@ def test_an_output_that_breaks_off_leaves_nothing(
         path.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full_disk)
+    monkeypatch.setattr("shardsum.arrays._save_npy", full_disk)
     (tmp_path / "out.npy").write_bytes(b"the old result")
     done = shardsum(capsys, *arrays(folder), "-o", tmp_path / "out.npy", "--transport", "threads")
-    assert_refused(done, "No space left on device")
+    assert_refused(done, "can't write", "out.npy: No space left on device")
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("out.npy", b"the old result")]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import click
@@ -61,7 +60,8 @@ def test_a_sign_of_work_is_of_the_first_rank_on_a_terminal(monkeypatch: pytest.M
     common.busy("not a terminal")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     common.busy("a terminal")
-    monkeypatch.setitem(os.environ, "RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     common.busy("another rank")
     assert shown == ["a terminal"]
 

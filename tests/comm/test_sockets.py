@@ -120,7 +120,7 @@ def test_a_master_that_is_no_address_of_this_host(
     ):
         connect("gloo")
     monkeypatch.delenv("WORLD_SIZE")
-    with pytest.raises(ValueError, match="needs the environment of torchrun"):
+    with pytest.raises(ValueError, match="WORLD_SIZE must be set beside"):
         connect("gloo")
 
 

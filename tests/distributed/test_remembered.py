@@ -36,7 +36,7 @@ def made_in_many_ways(comm: Communicator, plain: bool) -> list[Tensor]:
     return outs
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.nightly)])
 def test_calls_that_are_remembered_give_what_calls_made_anew_give(size: int) -> None:
     found, expected = (shardsum.launch(made_in_many_ways, size, "threads", (plain,)) for plain in (False, True))
     for ours, plain in zip(found, expected, strict=True):

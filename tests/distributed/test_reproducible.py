@@ -137,7 +137,9 @@ def some(which: int, native: int, others: int) -> list[Case]:
 
 
 RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 32)  # that are threads
-SOME = {("threads", ranks): some(ranks, 11, 173) if ranks < 10 else NATIVE[ranks % 61 :: 61] for ranks in RANKS}
+EVERY = {1: 8, 2: 7, 3: 7, 4: 7, 6: 11}  # by the number of ranks: each so-manieth combination
+SOME = {("threads", ranks): some(ranks, every, 173) for ranks, every in EVERY.items()}
+SOME |= {("threads", ranks): NATIVE[ranks % 61 :: 61] for ranks in (16, 32)}
 SOME |= {("gloo", 2): some(42, 11, 173), ("mpi", 3): some(43, 11, 173)}
 MANY = {("threads", ranks): some(ranks, 1, 13 if ranks < 10 else 37) for ranks in RANKS}
 MANY |= {where: some(where[1], 1, 13) for where in itertools.product(("gloo", "mpi"), (1, 2, 3, 4))}

@@ -22,7 +22,7 @@ from .cases import LAYOUTS, MASKS, Case, layout_of, recorded, run_all, run_case,
 pytestmark = pytest.mark.filterwarnings("ignore::shardsum.NonFiniteWarning")
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, pytest.param(5, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("size", [1, 3, *(pytest.param(size, marks=pytest.mark.nightly) for size in (2, 5))])
 @pytest.mark.parametrize("which", ["sample", "corners", pytest.param("matrix", marks=pytest.mark.nightly)])
 def test_against_float64_on_every_rank(size: int, which: str) -> None:
     counts = launch(run_all, ranks=size, transport="threads", args=(which,))
@@ -36,7 +36,7 @@ def test_the_sample_has_every_kernel_with_every_strategy_layout_and_mask() -> No
         assert {(case[place], case[3]) for case in cases} == {*itertools.product(values, available())}
 
 
-@pytest.mark.parametrize("transport", ["gloo", "mpi"])
+@pytest.mark.parametrize("transport", [pytest.param("gloo", marks=pytest.mark.nightly), "mpi"])
 def test_against_float64_in_processes(transport: str) -> None:
     assert launch(run_all, ranks=3, transport=transport, args=("corners",)) == [96] * 3
 
@@ -50,7 +50,7 @@ def declared_is_counted(comm: Communicator, name: str) -> None:
                 run_case(comm, Case(mask, layout, dtype=torch.bfloat16), strategy, "aten", q_replicated)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [1, 2, *(pytest.param(size, marks=pytest.mark.nightly) for size in (3, 5))])
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_declared_traffic_is_what_the_communicator_counts(name: str, size: int) -> None:
     launch(declared_is_counted, ranks=size, transport="threads", args=(name,))

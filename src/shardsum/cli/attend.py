@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 
-from ..arrays import SUFFIXES, open_array, save_array, take
+from ..arrays import open_array, save_array, take, why_not_save
 from ..attention import attention
 from ..comm import Communicator, agree, mistakes_reach_all
 from ..kernels import available
@@ -109,7 +110,7 @@ def attend_on_rank(comm: Communicator, options: dict[str, Any], output: str) -> 
             )
         whole = [x[(None,) * (4 - x.ndim)] for x in arrays]
         Sizes.of(*whole)
-        _check_output(output, arrays[0].dtype)
+        _check_output(comm, output, arrays[0].dtype, whole[0].shape[:3].numel() * whole[2].shape[3])
         return (*whole, arrays[0])
 
     q, k, v, as_given = _on_every_rank(comm, read)
@@ -136,7 +137,9 @@ def sum_on_rank(comm: Communicator, options: dict[str, Any], output: str) -> dic
     def read() -> tuple[torch.Tensor, torch.Tensor]:
         weights, values = open_array(options["weights"]), open_array(options["v"])
         check_weighted(weights, values)
-        _check_output(output, values.dtype)
+        shape = np.broadcast_shapes(weights.shape[:-2], values.shape[:-2])
+        rows = weights.shape[-2] if weights.ndim > 1 else 1
+        _check_output(comm, output, values.dtype, math.prod(shape) * rows * values.shape[-1])
         return weights, values
 
     weights, values = _on_every_rank(comm, read)
@@ -154,17 +157,13 @@ def _on_every_rank(comm: Communicator, read: Callable[[], tuple[torch.Tensor, ..
     return arrays
 
 
-def _check_output(name: str, dtype: torch.dtype) -> None:
-    """Raise ValueError where the output could not be written, before the work is done."""
+def _check_output(comm: Communicator, name: str, dtype: torch.dtype, numel: int) -> None:
+    """Raise ValueError where rank 0 could not write the output, before the work is done."""
+    if comm.rank:
+        return
     path = Path(name)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"the output must be a {' or '.join(SUFFIXES)} file: got {path}.")
-    if path.is_dir():
-        raise ValueError(f"the output {path} is a folder.")
-    if not path.parent.is_dir():
-        raise ValueError(f"no such folder: {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"the folder {path.parent} can't be written to.")
+    if (problem := why_not_save(path, numel * dtype.itemsize)) is not None:
+        raise ValueError(problem)
     if dtype is torch.bfloat16 and path.suffix == ".npy":
         raise ValueError(f".npy files have no bfloat16: write {path.stem}.safetensors.")
 

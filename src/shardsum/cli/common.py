@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..comm import LAUNCHED, Communicator, SingleTransport, connect
+from ..comm.environment import launched_rank
 from ..launching import launch
 
 MOST_RANKS = 256  # on one machine
@@ -76,8 +76,10 @@ def launchers_rank(deadline: float = 300.0) -> Communicator | None:
 
 def is_first_rank() -> bool:
     """Whether this process is the one that speaks: rank 0, or not under a launcher."""
-    names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "RANK")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+    try:
+        return launched_rank() == 0
+    except ValueError:  # nobody knows: each says it
+        return True
 
 
 def busy(what: str) -> AbstractContextManager[object]:

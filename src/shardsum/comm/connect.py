@@ -7,7 +7,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from .communicator import Communicator
+from .environment import check_alone
 from .registry import TRANSPORTS
+from .single import SingleTransport
 from .torch_distributed import transport_over
 from .transport import DEFAULT_DEADLINE_SECONDS
 
@@ -28,7 +30,9 @@ def connect(transport: str | None = None, deadline: float = DEFAULT_DEADLINE_SEC
     is "mpi"; under torchrun "nccl" if there is a CUDA device, else "gloo"; otherwise the single rank. `deadline`
     is the longest wait in seconds. Called again, it returns the same communicator. Under a launcher that leaves
     each process one thread, torch gets this rank's share of the machine's cores.
-    Raises: ValueError for an unknown transport or one that the environment does not offer.
+    Raises: ValueError for an unknown transport, one that the environment does not offer, or an environment that
+    is no launcher's: what is no rank, part of the variables, an mpiexec of another MPI, tasks of srun that do not
+    know of each other; RankLost where the others have not come within the deadline.
 
     >>> connect().size
     1
@@ -40,6 +44,8 @@ def connect(transport: str | None = None, deadline: float = DEFAULT_DEADLINE_SEC
         return inside
     name = transport or next(name for name, kind in TRANSPORTS.items() if kind.is_offered())
     if name not in _connected or _connected[name].closed:
+        if transport is None and name == SingleTransport.name:
+            check_alone()
         _connected[name] = Communicator(TRANSPORTS[name].connect(deadline))
     return _connected[name]
 

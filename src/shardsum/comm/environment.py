@@ -11,17 +11,87 @@ from typing import Any
 
 import torch
 
-# What the launchers of Open MPI, of MPICH and others, and of Slurm set in each of their processes.
-_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
+from ..errors import RankLost
+
+# Where launchers of MPI processes say which one this is, and of how many: those of Open MPI, of MPICH (and Slurm's
+# pmi2), of MVAPICH, and of PMIx, which does not say how many; Slurm does.
+_MPI_PLACES = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+    ("PMIX_RANK", "SLURM_STEP_NUM_TASKS"),
+    ("PMIX_RANK", "SLURM_NTASKS"),
+)
+_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "LOCAL_WORLD_SIZE")
 
 
 def started_by_mpiexec() -> bool:
-    return any(name in os.environ for name in _MPI_SIZES)
+    return any(rank in os.environ or size in os.environ for rank, size in _MPI_PLACES[:3]) or (
+        "PMIX_RANK" in os.environ
+    )
 
 
 def started_by_torchrun() -> bool:
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    return torchrun_place() is not None
+
+
+def torchrun_place() -> tuple[int, int] | None:
+    """This rank and the number of ranks by torchrun's variables; None where they are not set.
+
+    Raises: ValueError for some of them without the others, and for what is no rank.
+    """
+    if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    if missing := [name for name in _TORCHRUN if name not in os.environ]:
+        raise ValueError(
+            f"{' and '.join(missing)} must be set beside the others of torchrun's {', '.join(_TORCHRUN)}: "
+            "set all of them or none."
+        )
+    rank, size, _ = whole_number("RANK"), whole_number("WORLD_SIZE"), whole_number("LOCAL_RANK", 0)
+    if not rank < size:
+        raise ValueError(f"RANK must be less than WORLD_SIZE: got RANK={rank}, WORLD_SIZE={size}.")
+    return rank, size
+
+
+def launched_rank() -> int:
+    """Which rank of a launcher's this process is, 0 without one. Raises: ValueError for what is no rank."""
+    for name, _ in _MPI_PLACES:
+        if name in os.environ:
+            return whole_number(name)
+    return (torchrun_place() or (0, 1))[0]
+
+
+def check_mpi(size: int, library: str) -> None:
+    """Raises: ValueError where MPI sees another number of processes than its launcher says that it has started."""
+    for rank_name, size_name in _MPI_PLACES:
+        if rank_name not in os.environ or size_name not in os.environ:
+            continue
+        started, rank = whole_number(size_name), whole_number(rank_name)
+        if started != size or rank >= size:
+            raise ValueError(
+                f"the launcher has started {started} processes ({rank_name}={rank}, {size_name}={started}), but "
+                f"MPI sees {size}: it belongs to another MPI than mpi4py's, {library}. Use that one's mpiexec."
+            )
+        return
+
+
+def check_alone() -> None:
+    """Raises: ValueError where Slurm has started other processes beside this one, which can't find each other."""
+    tasks, rank = whole_number("SLURM_STEP_NUM_TASKS", 1), whole_number("SLURM_PROCID", 0)
+    if max(tasks, rank + 1) > 1:
+        raise ValueError(
+            f"srun has started {max(tasks, rank + 1)} tasks that do not know of each other (SLURM_PROCID={rank}). "
+            "Start them by srun --mpi=pmix or torchrun, or mean each alone: connect('single')."
+        )
+
+
+def whole_number(name: str, default: int | None = None) -> int:
+    """A variable that a launcher sets. Raises: ValueError for what is no whole number from 0 on."""
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"{name} must be a whole number from 0 on, as a launcher sets it: got {text!r}.")
+    return int(text)
 
 
 def rendezvous(transport: str, timeout: timedelta) -> tuple[Any, int, int]:
@@ -31,16 +101,14 @@ def rendezvous(transport: str, timeout: timedelta) -> tuple[Any, int, int]:
     the socket is made here, on that of MASTER_ADDR.
     Raises: ValueError, which names the transport, where there is no such environment.
     """
-    if not os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:
-        raise ValueError(
-            f"{transport} needs the environment of torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)."
-        )
-    from torch.distributed import TCPStore, rendezvous
+    place = torchrun_place()
+    if place is None:
+        raise ValueError(f"{transport} needs the environment of torchrun ({', '.join(_TORCHRUN)}).")
+    if place[0] or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return _meet(timeout, place[0])
+    from torch.distributed import TCPStore
 
-    theirs: Iterator[tuple[Any, int, int]] = rendezvous("env://", timeout=timeout)  # which starts when it is asked
-    if os.environ["RANK"] != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return next(theirs)
-    size, name, port = (os.environ[key] for key in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    name, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
         if not 0 < int(port) < 1 << 16:
             raise ValueError("ports are numbered from 1 to 65535")
@@ -48,25 +116,55 @@ def rendezvous(transport: str, timeout: timedelta) -> tuple[Any, int, int]:
         family, *_, (address, *_) = min(found, key=lambda entry: entry[0] != socket.AF_INET)
         listener = socket.create_server((address, int(port)), family=family, backlog=socket.SOMAXCONN)
     except (OSError, ValueError) as error:
-        if (
-            getattr(error, "errno", None) == errno.EADDRINUSE
-        ):  # it may be the program's own store, which torch then shares
-            return next(theirs)
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            return _meet(timeout, 0)  # it may be the program's own store, which torch then shares
         raise ValueError(
             f"rank 0 can't listen on MASTER_ADDR={name}, MASTER_PORT={port}, which must be an address of its "
             f"host and a free port: {error}"
         ) from error
     descriptor = listener.detach()
-    store = TCPStore(
-        str(address),
-        int(port),
-        int(size),
-        is_master=True,
-        timeout=timeout,
-        multi_tenant=True,  # a group that the program makes by itself can use it too
-        master_listen_fd=descriptor,
+    try:
+        store = TCPStore(
+            str(address),
+            int(port),
+            place[1],
+            is_master=True,
+            timeout=timeout,
+            multi_tenant=True,  # a group that the program makes by itself can use it too
+            master_listen_fd=descriptor,
+        )
+    except RuntimeError as error:
+        raise not_come(*place, timeout.total_seconds(), error) from error
+    return store, *place
+
+
+def _meet(timeout: timedelta, rank: int) -> tuple[Any, int, int]:
+    """Ask torch for the store of rank 0 or of an agent. Raises: RankLost where nobody answers in time."""
+    from torch.distributed import rendezvous
+
+    theirs: Iterator[tuple[Any, int, int]] = rendezvous("env://", timeout=timeout)  # which starts when it is asked
+    try:
+        return next(theirs)
+    except (RuntimeError, ValueError) as error:
+        where = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
+        if rank == 0:
+            raise ValueError(f"rank 0 can't listen at {where}: {_first_line(error)}") from error
+        raise RankLost(
+            f"rank {rank} found no rank 0 at {where} within {timeout.total_seconds():g} s: {_first_line(error)}"
+        ) from error
+
+
+def not_come(rank: int, size: int, seconds: float, error: Exception) -> RankLost:
+    """The error of a rank that has waited for the others to meet it."""
+    return RankLost(
+        f"rank {rank} waited up to {seconds:g} s for the other {size - 1} ranks: one is gone or has not come "
+        f"({_first_line(error)})."
     )
-    return store, 0, int(size)
+
+
+def _first_line(error: Exception) -> str:
+    """What torch says, without its list of C++ frames."""
+    return str(error).split("Exception raised from")[0].strip().splitlines()[0]
 
 
 def interfaces() -> list[str]:
@@ -79,7 +177,7 @@ def interfaces() -> list[str]:
 
 def share_cores() -> None:
     """Give torch this rank's share of the cores; launchers set OMP_NUM_THREADS=1 or nothing at all."""
-    local = next((int(os.environ[name]) for name in _LOCAL_SIZES if name in os.environ), 0)
+    local = next((whole_number(name) for name in _LOCAL_SIZES if name in os.environ), 0)
     if local and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0))
         pinned = cores < (os.cpu_count() or 1)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import importlib.util
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RankLost, Unsupported
-from .environment import share_cores, started_by_mpiexec
+from .environment import check_mpi, launched_rank, share_cores, started_by_mpiexec
 from .mpi_peers import MpiPeers, named
 from .transport import DEFAULT_DEADLINE_SECONDS, Transport
 
@@ -24,6 +27,7 @@ SPIN_SECONDS = 0.0005
 LOOK_SECONDS = 0.1  # how often a rank that waits looks whether another has failed or given up
 _RECOVERS = "OMPI_MCA_mpi_ft_enable"  # what `--with-ft ulfm` sets for each rank
 _MAX_BYTES = 2**31 - 1  # of one MPI message counted by a C int
+_START_SECONDS = 60.0  # ranks import torch at different speeds; that is no collective's deadline
 
 
 NEEDED = "the mpi transport needs mpi4py and an MPI library: pip install 'shardsum[mpi]'."
@@ -43,7 +47,7 @@ class MpiTransport(Transport):
         _import_mpi().COMM_WORLD.Abort(1)
 
     def __init__(self, mpi: Any = None, deadline_seconds: float = DEFAULT_DEADLINE_SECONDS) -> None:
-        self._use((_import_mpi().COMM_WORLD if mpi is None else mpi).Dup(), deadline_seconds)
+        self._use((_world(deadline_seconds) if mpi is None else mpi).Dup(), deadline_seconds)
 
     def _use(self, own: Any, deadline_seconds: float) -> None:
         """`own`: a communicator of MPI that nobody else uses."""
@@ -75,6 +79,7 @@ class MpiTransport(Transport):
 
     @classmethod
     def join(cls, directory: Path, rank: int | None, size: int, deadline_seconds: float) -> Transport:
+        _world(max(deadline_seconds, _START_SECONDS))
         return cls(deadline_seconds=deadline_seconds)
 
     def why_not_shrink(self) -> str | None:
@@ -197,11 +202,20 @@ class _PersistentRequest:
             self._requests[0].Free()
 
 
-def _import_mpi() -> Any:
+def _world(deadline_seconds: float) -> Any:
+    """MPI_COMM_WORLD. Raises: RankLost where its ranks do not come; ValueError where the launcher has others."""
+    library = _import_mpi(deadline_seconds)
+    check_mpi(library.COMM_WORLD.Get_size(), library.Get_library_version().split(",")[0].strip())
+    return library.COMM_WORLD
+
+
+def _import_mpi(deadline_seconds: float = DEFAULT_DEADLINE_SECONDS) -> Any:
     """mpi4py.MPI; importing it starts MPI, so nothing does before the first communicator."""
     ours = {} if "mpi4py.MPI" in sys.modules else _without_sockets()
     os.environ.update(ours)
     try:
+        if "mpi4py.MPI" not in sys.modules:
+            _start_mpi(deadline_seconds)
         from mpi4py import MPI
     except ImportError as missing:
         raise Unsupported(NEEDED) from missing
@@ -209,6 +223,37 @@ def _import_mpi() -> Any:
         for name in ours:
             del os.environ[name]
     return MPI
+
+
+def _start_mpi(deadline_seconds: float) -> None:
+    """Start MPI before mpi4py does, which holds Python's lock as long as that takes: without end, if a rank died.
+
+    Raises: RankLost after the deadline; the thread that waits inside MPI is left behind.
+    """
+    import mpi4py
+
+    extension = importlib.util.find_spec("mpi4py.MPI")
+    if extension is None or extension.origin is None or not mpi4py.rc.initialize:
+        return  # the program has its own way
+    start = ctypes.CDLL(extension.origin).MPI_Init_thread  # which lets go of that lock
+    levels = {"single": 0, "funneled": 1, "serialized": 2, "multiple": 3}
+    wanted = levels[mpi4py.rc.thread_level] if mpi4py.rc.threads else 0
+    starting = threading.Thread(target=start, args=(None, None, wanted, ctypes.byref(ctypes.c_int())), daemon=True)
+    starting.start()
+    starting.join(deadline_seconds)
+    if starting.is_alive():
+        raise RankLost(
+            f"rank {launched_rank()} waited {deadline_seconds:g} s in MPI_Init: another rank is gone, or has not "
+            "come there."
+        )
+    if mpi4py.rc.finalize is not False:
+        atexit.register(_end_mpi)  # mpi4py ends what it has started itself
+
+
+def _end_mpi() -> None:
+    library = sys.modules.get("mpi4py.MPI")
+    if library is not None and not library.Is_finalized():
+        library.Finalize()
 
 
 def _mpi_installed() -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RankLost
-from .environment import interfaces, rendezvous, share_cores, started_by_torchrun
+from .environment import interfaces, not_come, rendezvous, share_cores, started_by_torchrun
 from .transport import DEFAULT_DEADLINE_SECONDS, Transport, as_bytes, fenced
 
 _STORE_SECONDS = 0.5  # for an answer, beside the deadline that has passed
@@ -255,7 +255,10 @@ def _gloo_group(store: Any, rank: int, size: int, timeout_seconds: float, interf
     options._devices = [create(interface=name) for name in interfaces] or [
         ProcessGroupGloo.create_default_device()
     ]
-    return ProcessGroupGloo(store, rank, size, options)
+    try:
+        return ProcessGroupGloo(store, rank, size, options)
+    except RuntimeError as error:
+        raise not_come(rank, size, timeout_seconds, error) from error
 
 
 class NcclTransport(TorchTransport):

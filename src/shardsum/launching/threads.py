@@ -16,6 +16,8 @@ from .failures import Failure, blame, died, note, raise_first
 from .job import threads_per_rank
 
 Result = TypeVar("Result")
+# How long each rank gets to hear that the launch is over; it does at its next message.
+GRACE_SECONDS = 1.0
 
 
 def run_threads(
@@ -53,6 +55,8 @@ def run_threads(
     except BaseException:
         for rank in range(ranks):
             hub.leave(rank, failed=True)
+        for thread in threads:  # one that is inside torch when Python ends would abort the process
+            thread.join(GRACE_SECONDS)
         raise
     finally:
         torch.set_num_threads(before)
