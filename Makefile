@@ -20,8 +20,8 @@ lint: .venv/installed  ## format, style and the order of imports
 types: .venv/installed  ## mypy
 	$(BIN)/mypy
 
-# Tests that start processes have both cores and the clock to themselves; the others run two at a time.
-BY_THEMSELVES := tests/cli tests/collectives tests/comm tests/hosts tests/test_examples.py tests/test_promises.py
+# Tests of what happens in time have both cores and the clock to themselves; the others run two at a time.
+BY_THEMSELVES := tests/cli/test_ends.py tests/collectives tests/comm tests/hosts
 
 unit: .venv/installed  ## unit and distributed tests, doctests, examples and the README's own code
 	$(BIN)/python -m pytest -m "not nightly" --durations=15 -n 2 --dist worksteal $(BY_THEMSELVES:%=--ignore=%)

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# The real model is loaded by three processes for it, which takes most of a minute.
+SLOW = {"05_fine_tune"}
+EXAMPLES = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.nightly] * (path.stem in SLOW))
+    for path in sorted((ROOT / "examples").glob("*.py"))
+]
 
 
 def run(*command: str) -> str:
@@ -19,7 +24,7 @@ def run(*command: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_example_prints_what_it_says(example: Path) -> None:
     """With the arguments that the file names beside its output."""
     _, arguments, output = re.split(r"# Output(?: with (.*))?:\n", example.read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
@@ -22,6 +23,7 @@ from .strategies import Strategy
 
 _OPERATOR = torch.ops.aten.scaled_dot_product_attention
 _COMPUTED = (F.scaled_dot_product_attention, _OPERATOR, _OPERATOR.default)
+_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
 # Parts of the names of what computes attention: by operators called directly, or inside one function of torch.
 _ATTENTION = ("attention", "attn", "encoder_layer_fwd", "decoder_layer_fwd")
 
@@ -40,8 +42,10 @@ def context_parallel(
     each key of all ranks. A checkpointed layer is computed again as it was, wherever its backward runs. `comm`,
     `layout`, `strategy`: as in `attention`.
     Raises: Unsupported for what computes attention otherwise (nn.MultiheadAttention, nn.TransformerEncoderLayer,
-    flex_attention, torch.ops.aten._scaled_dot_product_*), for a mask of this rank's keys alone, and for tensors
-    that are not (batch, heads, length, dim); at its end, for a block that saw no attention at all.
+    flex_attention, torch.ops.aten._scaled_dot_product_*, a softmax of scores (..., q_len, kv_len) beside calls of
+    such lengths), for a mask of this rank's keys alone, and for tensors that are not (batch, heads, length, dim);
+    at its end, for a block that saw no attention at all. What a kernel of another library, or a function compiled
+    by torch.jit, computes is not seen: such a model's attention stays this rank's own.
 
     >>> import torch
     >>> q = torch.eye(2).view(1, 1, 2, 2)
@@ -50,13 +54,28 @@ def context_parallel(
     tensor([1., 0.])
     """
     mode = _AttentionMode(as_communicator(comm), layout, strategy)
-    with mode:
+    with mode, _what_cant_be_compiled():
         yield
     if mode.comm.size > 1 and not mode.calls:
         raise Unsupported(
             "context_parallel saw no F.scaled_dot_product_attention in its block: attention that is computed "
             "otherwise (softmax of a product, a kernel of another library) is of this rank's tokens alone."
         )
+
+
+@contextlib.contextmanager
+def _what_cant_be_compiled() -> Iterator[None]:
+    """Say in a sentence of ours what the compiler, which flex_attention is run by, finds in its own words."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.startswith("torch._dynamo"):
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise Unsupported(
+                "inside context_parallel the compiler met what it can't follow (flex_attention, fullgraph=True): "
+                f"{reason} Call F.scaled_dot_product_attention, or shardsum.attention."
+            ) from error
+        raise
 
 
 class _AttentionMode(TorchFunctionMode):
@@ -66,6 +85,9 @@ class _AttentionMode(TorchFunctionMode):
         super().__init__()
         self.comm, self.layout, self.strategy = comm, layout, strategy
         self.calls = 0
+        # Shapes of the scores of what was computed, and of what a softmax was taken of: (all heads, rows, keys).
+        self.computed: set[tuple[int, int, int]] = set()
+        self.scores: set[tuple[int, int, int]] = set()
 
     def __torch_function__(
         self,
@@ -76,22 +98,40 @@ class _AttentionMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func not in _COMPUTED:
-            if self.comm.size > 1 and any(part in getattr(func, "__name__", str(func)) for part in _ATTENTION):
-                self._refuse(func)
+            if self.comm.size > 1:
+                self._refuse_attention(func, args)
             return func(*args, **kwargs)
         self.calls += 1
         with mistakes_reach_all(self.comm):
             tensors, options = _translate(*args, **kwargs)
             if self.comm.size > 1:
                 _check_part(*tensors[:2], options)
+                batch, heads, rows, _ = tensors[0].shape
+                self.computed.add((batch * heads, rows, tensors[1].shape[2]))
+                self._refuse_scores()
             _compute_again_inside(self)
         return attention(*tensors, comm=self.comm, layout=self.layout, strategy=self.strategy, **options)
 
-    def _refuse(self, func: Callable[..., Any]) -> None:
+    def _refuse_attention(self, func: Callable[..., Any], args: Sequence[Any]) -> None:
+        """Refuse what computes attention by itself, on every rank."""
+        name = getattr(func, "__name__", str(func))
         with mistakes_reach_all(self.comm):
+            if any(part in name for part in _ATTENTION):
+                raise Unsupported(
+                    f"{name} computes attention inside itself, of this rank's tokens alone. "
+                    "Call F.scaled_dot_product_attention, or shardsum.attention."
+                )
+            if func in _SOFTMAX and isinstance(args[0], Tensor) and args[0].ndim > 2:
+                *heads, rows, columns = args[0].shape
+                self.scores.add((math.prod(heads), rows, columns))
+                self._refuse_scores()
+
+    def _refuse_scores(self) -> None:
+        """Refuse attention that is written out beside a call that was computed, whichever comes first."""
+        for _, rows, columns in self.computed & self.scores:
             raise Unsupported(
-                f"{getattr(func, '__name__', func)} computes attention inside itself, of this rank's tokens "
-                "alone. Call F.scaled_dot_product_attention, or shardsum.attention."
+                f"a softmax of scores (..., {rows}, {columns}), as long as this rank's queries and keys: attention"
+                " that is written out is of this rank's tokens alone. Call F.scaled_dot_product_attention."
             )
 
 
@@ -166,10 +206,11 @@ def _check_part(query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
             "this rank holds one token and is_causal is False: a model may have left its mask out for that. "
             "Give each rank more tokens, or call shardsum.attention."
         )
-    if bias is not None and bias.shape[3] == key.shape[2]:
+    if bias is not None and bias.shape[3] in (1, key.shape[2]):
+        of = "all keys of this rank at once" if bias.shape[3] == 1 else "each key of this rank"
         raise Unsupported(
-            f"attn_mask has {bias.shape[3]} columns, one for each key of this rank: it must have one for each "
-            "key of all ranks. Use is_causal, or shardsum.attention with window, key_range or cu_seqlens."
+            f"attn_mask has {bias.shape[3]} column{'s' * (bias.shape[3] > 1)}, for {of}: it must have one for each"
+            " key of all ranks. Use is_causal, or shardsum.attention with window, key_range or cu_seqlens."
         )
 
 

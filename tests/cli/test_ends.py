@@ -86,7 +86,7 @@ def test_what_can_not_be_written_is_said_before_the_work(
     np.save(tmp_path / "v.npy", np.ones((5, 7), "f4"))
     given = ["attend", "--weights", tmp_path / "w.npy", "-v", tmp_path / "v.npy", "--transport", "threads", "-o"]
     monkeypatch.setattr("shardsum.cli.attend.weighted_sum", None)  # which is not to be reached
-    long = "x" * 250 + suffix
+    long = "x" * 252 + suffix
     assert_refused(shardsum(capsys, *given, tmp_path / long), "name has", "bytes, more than the folder's 255")
     assert_refused(shardsum(capsys, *given, tmp_path / "no" / f"o{suffix}"), "no such folder")
     (tmp_path / f"folder{suffix}").mkdir()

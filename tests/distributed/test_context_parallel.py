@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import shardsum
@@ -126,6 +127,9 @@ OTHERWISE: dict[str, Any] = {
     "_scaled_dot_product_flash": lambda q: torch._scaled_dot_product_flash_attention_for_cpu(q, q, q),
     "this rank holds one token": lambda q: F.scaled_dot_product_attention(*(q[:, :, :1],) * 3),
     "attn_mask has 2 columns": lambda q: F.scaled_dot_product_attention(q, q, q, torch.ones(2, 2).bool()),
+    "attn_mask has 1 column, for all keys of this rank": lambda q: F.scaled_dot_product_attention(
+        q, q, q, torch.ones(2, 1).bool()
+    ),
     "attn_mask and is_causal": lambda q: F.scaled_dot_product_attention(q, q, q, torch.ones(2, 4), is_causal=True),
 }
 
@@ -177,3 +181,69 @@ def test_our_own_calls_are_not_caught(kernel: str) -> None:
             F.scaled_dot_product_attention(q, q, q)
 
     launch(run, 2, "threads")
+
+
+def written_out(q: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(q @ q.mT, dim=-1) @ q
+
+
+def eager_beside_a_call(q: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, q, q) + written_out(q)
+
+
+def eager_before_a_call(q: torch.Tensor) -> torch.Tensor:
+    return written_out(q) + F.scaled_dot_product_attention(q, q, q)
+
+
+def eager_by_batches(q: torch.Tensor) -> torch.Tensor:
+    rows = q.flatten(0, 1)
+    weights = F.softmax(torch.bmm(rows, rows.mT), dim=-1)
+    return F.scaled_dot_product_attention(q, q, q) + torch.bmm(weights, rows).view_as(q)
+
+
+def eager_by_a_method(q: torch.Tensor) -> torch.Tensor:
+    return (q @ q.mT).softmax(-1) @ q + F.scaled_dot_product_attention(q, q, q)
+
+
+@pytest.mark.parametrize(
+    "compute", [eager_beside_a_call, eager_before_a_call, eager_by_batches, eager_by_a_method, written_out]
+)
+def test_attention_that_is_written_out_is_refused_by_all(compute: Any) -> None:
+    def run(comm: Communicator) -> str:
+        q = torch.randn(1, 2, 5, 16, generator=torch.Generator().manual_seed(comm.rank))
+        with pytest.raises(shardsum.Unsupported) as caught, context_parallel(comm):
+            compute(q)
+        with context_parallel(comm):  # the next block works
+            F.scaled_dot_product_attention(q, q, q)
+        return str(caught.value)
+
+    said = launch(run, 2, "threads")
+    assert all("is of this rank's tokens alone" in one for one in said), said
+
+
+def test_a_routers_softmax_is_no_attention() -> None:
+    """Scores of 5 experts for each of 5 tokens."""
+
+    def run(comm: Communicator) -> None:
+        q = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(comm.rank))
+        with context_parallel(comm):
+            F.scaled_dot_product_attention(q, q, q)
+            for routed in (q[0, :, :, :5], q[0, 0, :, :5]):
+                torch.softmax(routed[:1], dim=-1)
+
+    launch(run, 2, "threads")
+
+
+def flexible(comm: Communicator) -> str:
+    q = torch.randn(1, 2, 5, 16, generator=torch.Generator().manual_seed(comm.rank))
+    with pytest.raises(shardsum.Unsupported) as caught, context_parallel(comm):
+        flex_attention(q, q, q)
+    with context_parallel(comm):  # the next block works
+        F.scaled_dot_product_attention(q, q, q)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("transport", ["gloo"])
+def test_flex_attention_is_refused_by_all(transport: str) -> None:
+    """In processes of their own: it runs by the compiler, which can't read what checks shapes in tests."""
+    assert all("flex_attention" in said for said in launch(flexible, 2, transport))

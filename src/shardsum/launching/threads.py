@@ -56,7 +56,8 @@ def run_threads(
         for rank in range(ranks):
             hub.leave(rank, failed=True)
         for thread in threads:  # one that is inside torch when Python ends would abort the process
-            thread.join(GRACE_SECONDS)
+            if thread.is_alive():
+                thread.join(GRACE_SECONDS)
         raise
     finally:
         torch.set_num_threads(before)
