@@ -22,6 +22,7 @@ COLUMNS = 120
 # What has no docstring of ours, and a few folders of tests.
 OUTSIDE = {
     "native/": "the kernels in C++, compiled for each instruction set, chosen at run time",
+    "src/shardsum_command/": "the command's first moment: a signal is heard before torch is imported",
     "tests/": "mirrors src; dense.py is attention written a second time, independently, in float64",
     "  distributed/": "every kernel x strategy x layout x mask on 1 to 5 ranks (make test: a sample), random "
     "problems with all gradients, and the traps: bugs put back on purpose",
@@ -34,7 +35,8 @@ OUTSIDE = {
     "benchmarks/": "ratios against one process, other libraries beside ours, memory by ranks; results/ in JSON",
     "examples/": "numbered; CI compares what they print",
     "docs/": "choose.md: which strategy, layout, kernel and transport; extending.md: adding one of each; "
-    "native.md: the C++; log.md: what was measured and tried; defense-of-design.md: why it is built this way; "
+    "native.md: the C++; edges.md: where other people's code is met; log.md: what was measured and tried; "
+    "defense-of-design.md: why it is built this way; "
     "theory.md: what rounding can do; reproducible.md, hosts.md, security.md",
 }
 

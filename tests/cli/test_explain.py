@@ -24,6 +24,12 @@ def test_it_is_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     text = shardsum(capsys, "explain").out
     assert "(3.65, 1) + (0.15, 0.45) + (0.9, 2.7) = (4.7, 4.15)" in " ".join(text.split())
     assert '"on" and "the": weight zero adds nothing' in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("options", [("--numbers", NUMBERS), ("-n", "1"), ("-n", "6")])
+def test_its_lines_fit_a_terminal(capsys: pytest.CaptureFixture[str], options: tuple[str, ...]) -> None:
+    assert max(map(len, shardsum(capsys, "explain", *options).out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5, 8])

@@ -64,6 +64,16 @@ def test_as_one_process_alone(capsys: Capture, folder: Path, ranks: int, transpo
     assert found["answer"].count("w") == 12
 
 
+def test_a_windows_cache_alone_is_transformers_own(capsys: Capture, tmp_path: Path) -> None:
+    """A model with a window keeps its window, where one process runs alone."""
+    tiny("Mistral", sliding_window=16).save_pretrained(tmp_path)
+    words().save_pretrained(tmp_path)
+    (tmp_path / "prompt.txt").write_text(" ".join(f"w{token * 7 % 97}" for token in range(90)))
+    found = shardsum(capsys, *command(tmp_path, "--transport", "threads", "--json")).json
+    assert found["tokens_identical"] is True
+    assert found["kv_bytes_alone"] == 2 * 2 * 2 * 8 * 4 * 15  # the last 15: the new token is the window's 16th
+
+
 def test_the_same_bits_on_any_ranks(capsys: Capture, tmp_path: Path) -> None:
     tiny("Llama", max_position_embeddings=1024).save_pretrained(tmp_path)
     words().save_pretrained(tmp_path)

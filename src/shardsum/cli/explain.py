@@ -133,14 +133,13 @@ def _show(result: dict[str, Any], plain: bool) -> None:
     out.print("\n[bold]2. Each rank adds up its own share[/bold], all at the same time: the partial sums.\n")
     for rank, partial in enumerate(result["partial_sums"]):
         out.print(f"rank {rank}   {_vector(partial)}{'' if shares[rank] else '   (it holds nothing)'}")
-    out.print("\n[bold]3. A collective operation adds the partial sums up[/bold]", end="")
-    if result["ranks"] == 1:
-        out.print(": with one rank there is nothing to send.\n")
-    else:
-        out.print(
-            f": every rank sends its own to the others ({result['sent_bytes_per_rank']} bytes over "
-            f"{result['transport']}, their agreement included) and adds all of them, in rank order.\n"
+    what = "with one rank there is nothing to send."
+    if result["ranks"] > 1:
+        what = (
+            f"every rank sends its own to the others ({result['sent_bytes_per_rank']} bytes over "
+            f"{result['transport']}, their agreement included) and adds all of them, in rank order."
         )
+    out.print(f"\n[bold]3. A collective operation adds the partial sums up[/bold]: {what}\n")
     terms = " + ".join(_vector(partial) for partial in result["partial_sums"])
     same = "the same bits on every rank" if result["same_bits_on_every_rank"] else "not the same on every rank!"
     out.print(f"{terms} = [bold]{_vector(result['result'])}[/bold]   ({same})")

@@ -199,7 +199,9 @@ def _run_alone(model: Any, tokenizer: Any, ids: torch.Tensor, job: dict[str, Any
     """Transformers by itself: its own cache, its own attention (PyTorch's F.scaled_dot_product_attention)."""
     from transformers import DynamicCache
 
-    cache = DynamicCache()
+    cache = DynamicCache(
+        config=model.config.get_text_config(decoder=True)
+    )  # its own default: windows stay windows
     result = _measured(model.generate, "one process alone", ids, cache, job, None)
     layers: Any = cache.layers
     kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
