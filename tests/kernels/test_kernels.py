@@ -126,6 +126,48 @@ def test_a_row_that_sees_nothing_gives_zero_and_minus_infinity(name: str) -> Non
     assert torch.equal(empty.lse, AttentionState.empty(1, 1, 3, 4).lse)
 
 
+def biases() -> dict[str, torch.Tensor]:
+    """Terms of scores (9 rows, 70 keys) beside which float32 has no room for the logarithm of a sum."""
+    lowest, steps = torch.finfo(torch.float32).min, torch.arange(70.0) % 4
+    some = torch.arange(70) % 3 == 0
+    return {
+        "-1e9": torch.full((9, 70), -1e9),
+        "1e9": torch.full((9, 70), 1e9),
+        "the lowest of float32": torch.full((9, 70), lowest),
+        "2^14 and a step": (2.0**14 + steps).expand(9, 70),
+        "-2^24 and steps of 2": (-(2.0**24) + 2 * steps).expand(9, 70),
+        "-1e9, some lower yet": torch.where(some, lowest, -1e9).expand(9, 70),
+        "-1e9 in some rows": torch.where(torch.arange(9).unsqueeze(1) < 4, -1e9, 0.0).expand(9, 70),
+    }
+
+
+@kernels
+@pytest.mark.parametrize("case", biases())
+def test_weights_add_up_to_1_however_large_the_scores(name: str, case: str) -> None:
+    """Against float64 of the scores as they are computed: beside -1e9 those of float32 are rounded to 64."""
+    q, k, v = (normal(seed, 1, 2, length, 8).float() for seed, length in enumerate((9, 70, 70)))
+    bias, dtype = biases()[case], torch.float64 if name == "reference" else torch.float32
+    hi = torch.arange(1, 71, 8).unsqueeze(0)
+    state = as_kernel(name).forward(q, Dense(k, v), Bounds(hi * 0, hi), Scores(0.5, bias=bias[None, None]))
+    scores = (q.to(dtype) @ k.to(dtype).mT * 0.5 + bias).double()
+    seen = torch.arange(70) < hi.unsqueeze(-1)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    rounded = 2.0**14 * torch.finfo(dtype).eps if case.startswith("2^14") else 0.0  # of products, in any order
+    assert_close(state.out, weights @ v.double(), max(STATE[torch.float32], rounded), case)
+
+
+@kernels
+@pytest.mark.parametrize("q_len", [1, 4, 90])
+@pytest.mark.parametrize("score", [-(2.0**14), 2.0**14, 2.0**20, 2.0**24])
+def test_equal_keys_have_equal_weights_however_large_the_scores(name: str, q_len: int, score: float) -> None:
+    q, k, v = torch.zeros(1, 2, q_len, 8), torch.zeros(1, 1, 300, 8), normal(0, 1, 1, 300, 5).float()
+    q[..., 3], k[..., 3] = score, 1.0
+    bounds = Bounds(torch.zeros(1, q_len).long(), torch.full((1, q_len), 290))
+    state = as_kernel(name).forward(q, Dense(k, v), bounds, Scores(1.0))
+    mean = v[:, :, :290].double().mean(dim=2, keepdim=True).expand_as(state.out)
+    assert_close(state.out, mean, STATE[torch.float32], f"the mean under scores of {score}")
+
+
 @kernels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

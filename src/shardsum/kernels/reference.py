@@ -25,6 +25,7 @@ TORCH_ROUNDINGS = SEGMENT
 class EagerKernel(Kernel):
     """Scores, exponentials and sums written out, some rows at a time: whatever a score is made of.
 
+    Numerics: a row's weights add up to 1 in the forward pass, however large its scores are.
     Source: Dao et al. 2022 (FlashAttention, appendix B.4) for the gradients.
     """
 
@@ -45,15 +46,18 @@ class EagerKernel(Kernel):
             part, visible = scores.some_rows(rows), _visible(lo[:, rows], hi[:, rows], k)
             s, _ = part.of(_products(q[:, :, rows].to(compute), k))
             s = s.masked_fill(~visible, -torch.inf)
-            lse = s.logsumexp(dim=-1)
+            # The largest score is taken out by itself: of -1e9 + log(12) nothing is left of the log.
             # All of a row's scores may be -inf: exp(-inf - 0) is the 0 that is meant, -inf - (-inf) is NaN.
-            shift = lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)
-            weights = (s - shift).exp().masked_fill(~visible, 0.0)
+            top = s.amax(dim=-1, keepdim=True)
+            top = top.masked_fill(top == -torch.inf, 0.0)
+            weights = (s - top).exp().masked_fill(~visible, 0.0)
+            total = weights.sum(dim=-1, keepdim=True)
+            weights = weights / total.masked_fill(total == 0.0, 1.0)
             kept = part.kept(s)
             if kept is not None:
                 weights = weights * kept
             state.out[:, :, rows] = _sum_of_visible(weights, v, visible).to(dtype)
-            state.lse[:, :, rows] = lse.to(dtype)
+            state.lse[:, :, rows] = (top + total.log()).squeeze(-1).to(dtype)
         return state
 
     def backward(
