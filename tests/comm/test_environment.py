@@ -13,19 +13,22 @@ from pathlib import Path
 
 import pytest
 
-from shardsum.comm import connect
+from shardsum.comm import connect, mpi
 from shardsum.comm import connect as connecting
-from shardsum.comm.environment import launched_rank
+from shardsum.comm.environment import check_before_mpi, check_mpi, launched_rank
+from shardsum.comm.torch_distributed import NcclTransport
+from shardsum.errors import Unsupported
 
 BESIDE = Path(sys.executable).parent
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 CONNECT = """
     import sys, shardsum
-    try:
-        comm = shardsum.connect(deadline=float(sys.argv[1]))
-        print(f"rank {comm.rank} of {comm.size} ({comm.transport})")
-    except (ValueError, shardsum.RankLost) as error:
-        print(f"{type(error).__name__}: {error}")
+    for _ in range(int(sys.argv[2])):
+        try:
+            comm = shardsum.connect(deadline=float(sys.argv[1]))
+            print(f"rank {comm.rank} of {comm.size} ({comm.transport})")
+        except (ValueError, shardsum.RankLost) as error:
+            print(f"{type(error).__name__}: {error}")
 """
 
 
@@ -38,16 +41,28 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"RANK": "abc"}, "RANK must be a whole number from 0 on, as a launcher sets it: got 'abc'"),
-        ({"RANK": "-1"}, "RANK must be a whole number from 0 on"),
-        ({"RANK": ""}, "RANK must be a whole number from 0 on"),
-        ({"RANK": "1.0"}, "RANK must be a whole number from 0 on"),
-        ({"RANK": "\u0661"}, "RANK must be a whole number from 0 on"),
+        ({"RANK": "abc"}, "RANK must be a whole number from 0 to 2147483647, as a launcher sets it: got 'abc'"),
+        ({"RANK": "-1"}, "RANK must be a whole number from 0 to"),
+        ({"RANK": ""}, "^RANK must be set beside WORLD_SIZE and MASTER_ADDR and MASTER_PORT, as torchrun does"),
+        ({"RANK": "1.0"}, "RANK must be a whole number from 0 to"),
+        ({"RANK": "\u0661"}, "RANK must be a whole number from 0 to"),
+        ({"WORLD_SIZE": "99999999999"}, "WORLD_SIZE must be a whole number from 0 to"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE must be a whole number from 0 to"),
+        ({"RANK": "1", "MASTER_PORT": "any"}, "MASTER_PORT must be a whole number from 1 to 65535"),
+        ({"RANK": "1", "MASTER_PORT": "0"}, "MASTER_PORT must be a whole number from 1 to 65535"),
+        ({"RANK": "0", "MASTER_PORT": "65536"}, "MASTER_PORT must be a whole number from 1 to 65535"),
+        ({"RANK": "1", "MASTER_ADDR": ""}, "MASTER_ADDR must be set beside RANK"),
+        ({"LOCAL_RANK": "2"}, "got LOCAL_RANK=2, LOCAL_WORLD_SIZE=2, WORLD_SIZE=2"),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "got LOCAL_RANK=1, LOCAL_WORLD_SIZE=1, WORLD_SIZE=2"),
+        ({"LOCAL_WORLD_SIZE": "3"}, "got LOCAL_RANK=0, LOCAL_WORLD_SIZE=3, WORLD_SIZE=2"),
+        ({**dict.fromkeys(TORCHRUN), "LOCAL_RANK": "1"}, "must be set beside LOCAL_RANK, as torchrun does"),
+        ({**dict.fromkeys(TORCHRUN), "LOCAL_RANK": "x"}, "must be set beside LOCAL_RANK"),
+        ({**dict.fromkeys(TORCHRUN), "LOCAL_WORLD_SIZE": "2"}, "must be set beside LOCAL_WORLD_SIZE"),
         ({"RANK": "5"}, "RANK must be less than WORLD_SIZE: got RANK=5, WORLD_SIZE=2"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number"),
         ({"WORLD_SIZE": "0"}, "RANK must be less than WORLD_SIZE: got RANK=0, WORLD_SIZE=0"),
         ({"LOCAL_RANK": "x"}, "LOCAL_RANK must be a whole number"),
-        ({"RANK": None}, "RANK must be set beside the others of torchrun's"),
+        ({"RANK": None}, "^RANK must be set beside WORLD_SIZE"),
         ({"WORLD_SIZE": None}, "WORLD_SIZE must be set beside"),
         ({"MASTER_ADDR": None, "MASTER_PORT": None}, "MASTER_ADDR and MASTER_PORT must be set beside"),
     ],
@@ -84,10 +99,57 @@ def test_tasks_of_slurm_that_do_not_know_of_each_other(
 ) -> None:
     for name, value in started.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=r"srun has started . tasks that do not know of each other"):
-        connect()
+    for transport in (None, "mpi"):
+        monkeypatch.setattr("shardsum.comm.mpi.MpiTransport.connect", lambda _: check_mpi(1, "an MPI"))
+        with pytest.raises(ValueError, match=r"srun has started . tasks that do not know of each other"):
+            connect(transport)
     assert connect("single").size == 1  # who says so is alone
     assert connect("single") is connect("single")
+
+
+def test_mpi_that_does_not_see_what_torchrun_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="torchrun has started 2 processes, but MPI sees 1"):
+        check_mpi(1, "an MPI")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    check_mpi(2, "an MPI")  # started by mpiexec, whatever else is set
+
+
+@pytest.mark.parametrize("launcher", ["OMPI_COMM_WORLD", "PMI", "MV2_COMM_WORLD"])
+def test_half_of_what_mpiexec_sets(monkeypatch: pytest.MonkeyPatch, launcher: str) -> None:
+    for half, other in (("RANK", "SIZE"), ("SIZE", "RANK")):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"{launcher}_{half}", "1")
+            with pytest.raises(ValueError, match=rf"must be set together, .*: {launcher}_{other} is not\."):
+                check_before_mpi()
+
+
+def test_mpi4py_without_an_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: float) -> None:
+        raise RuntimeError("cannot load MPI library")
+
+    monkeypatch.setattr(mpi, "_start_mpi", start)
+    monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
+    with pytest.raises(Unsupported, match="needs mpi4py and an MPI library"):
+        connect("mpi")
+
+
+def test_pmix_without_its_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PMIX_RANK", "1")
+    with pytest.raises(ValueError, match="PMIX_RANK=1 is set, but no PMIX_SERVER_URI"):
+        check_before_mpi()
+    monkeypatch.setenv("PMIX_SERVER_URI41", "prterun@0.0;tcp4://127.0.0.1:1")
+    check_before_mpi()
+
+
+def test_a_rank_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**TORCHRUN, "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ValueError, match="LOCAL_RANK=1, but this host has 1 CUDA devices"):
+        NcclTransport.connect(1.0)
 
 
 def test_a_batch_script_of_slurm_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +161,7 @@ def test_a_batch_script_of_slurm_is_alone(monkeypatch: pytest.MonkeyPatch) -> No
 def ran(environment: dict[str, str], deadline: float, launcher: tuple[str, ...] = ()) -> str:
     code = textwrap.dedent(CONNECT)
     done = subprocess.run(
-        [*launcher, sys.executable, "-c", code, str(deadline)],
+        [*launcher, sys.executable, "-c", code, str(deadline), "1"],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -147,15 +209,16 @@ def test_ranks_that_do_not_come(rank: int) -> None:
 
 
 def test_a_rank_that_dies_before_mpi_init(tmp_path: Path) -> None:
+    """The others say so as often as they try again."""
     script = tmp_path / "rank.py"
     die = "import os\nif os.environ['OMPI_COMM_WORLD_RANK'] == '1':\n    os.kill(os.getpid(), 9)\n"
     script.write_text(die + textwrap.dedent(CONNECT))
     command = ["mpiexec", "--allow-run-as-root", "--oversubscribe", "--with-ft", "ulfm", "-n", "3"]
     done = subprocess.run(
-        [str(BESIDE / command[0]), *command[1:], sys.executable, str(script), "4"],
+        [str(BESIDE / command[0]), *command[1:], sys.executable, str(script), "2", "2"],
         capture_output=True,
         text=True,
         timeout=90,
     )
     for rank in (0, 2):
-        assert f"RankLost: rank {rank} waited 4 s in MPI_Init: another rank is gone" in done.stdout
+        assert done.stdout.count(f"RankLost: rank {rank} waited 2 s in MPI_Init: another rank is gone") == 2

@@ -14,11 +14,25 @@ import shardsum
 from shardsum import RankLost
 from shardsum.comm import LAUNCHED, Communicator
 from shardsum.comm.threads import ThreadTransport
+from shardsum.comm.torch_distributed import GlooTransport
 from shardsum.launching import launch
 
 from ..contracts import run_communicator_contracts
 
 RANKS, VICTIM = 3, 1
+
+
+class GoneStore:
+    """The store of a rank 0 that has ended."""
+
+    def set(self, key: str, value: str) -> None:
+        raise RuntimeError("Broken pipe")
+
+
+def test_a_store_that_has_gone_with_rank_zero() -> None:
+    comm = Communicator(GlooTransport(None, 1, 3, 1.0, GoneStore()))
+    with pytest.raises(RankLost, match=r"rank 1 can't go on: the store .* is gone, .* \(Broken pipe\)"):
+        comm.shrink()
 
 
 def go_on(comm: Communicator, directory: str, in_the_midst: bool) -> None:

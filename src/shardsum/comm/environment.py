@@ -23,6 +23,9 @@ _MPI_PLACES = (
     ("PMIX_RANK", "SLURM_NTASKS"),
 )
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What a process has that is alone, where a program sets them for it.
+_ALONE = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+_MOST_PROCESSES, _LAST_PORT = 2**31 - 1, 2**16 - 1  # what a C int and a port can be
 _LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "LOCAL_WORLD_SIZE")
 
 
@@ -41,16 +44,24 @@ def torchrun_place() -> tuple[int, int] | None:
 
     Raises: ValueError for some of them without the others, and for what is no rank.
     """
-    if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
+    if "RANK" not in os.environ and all(os.environ.get(name, one) == one for name, one in _ALONE.items()):
         return None
-    if missing := [name for name in _TORCHRUN if name not in os.environ]:
+    if missing := [name for name in _TORCHRUN if not os.environ.get(name)]:
+        present = [name for name in dict.fromkeys((*_TORCHRUN, *_ALONE)) if os.environ.get(name)]
         raise ValueError(
-            f"{' and '.join(missing)} must be set beside the others of torchrun's {', '.join(_TORCHRUN)}: "
-            "set all of them or none."
+            f"{' and '.join(missing)} must be set beside {' and '.join(present) or 'the others'}, as torchrun "
+            "does: set all of them or none."
         )
-    rank, size, _ = whole_number("RANK"), whole_number("WORLD_SIZE"), whole_number("LOCAL_RANK", 0)
+    rank, size = whole_number("RANK"), whole_number("WORLD_SIZE")
+    local_rank, local_size = whole_number("LOCAL_RANK", 0), whole_number("LOCAL_WORLD_SIZE", size)
+    whole_number("MASTER_PORT", least=1, most=_LAST_PORT)
     if not rank < size:
         raise ValueError(f"RANK must be less than WORLD_SIZE: got RANK={rank}, WORLD_SIZE={size}.")
+    if not local_rank < local_size <= size:
+        raise ValueError(
+            "LOCAL_RANK must be less than LOCAL_WORLD_SIZE, and that at most WORLD_SIZE: "
+            f"got LOCAL_RANK={local_rank}, LOCAL_WORLD_SIZE={local_size}, WORLD_SIZE={size}."
+        )
     return rank, size
 
 
@@ -62,8 +73,23 @@ def launched_rank() -> int:
     return (torchrun_place() or (0, 1))[0]
 
 
+def check_before_mpi() -> None:
+    """Raises: ValueError where MPI_Init would find no other process, or crash, by what the launcher has set."""
+    for names in _MPI_PLACES[:3]:
+        missing = [name for name in names if name not in os.environ]
+        if len(missing) == 1:
+            raise ValueError(f"{' and '.join(names)} must be set together, as mpiexec does: {missing[0]} is not.")
+    if "PMIX_RANK" in os.environ and not any(name.startswith("PMIX_SERVER_URI") for name in os.environ):
+        raise ValueError(
+            f"PMIX_RANK={os.environ['PMIX_RANK']} is set, but no PMIX_SERVER_URI: without a PMIx server "
+            "the processes do not find each other. Start them by mpiexec or srun --mpi=pmix."
+        )
+
+
 def check_mpi(size: int, library: str) -> None:
     """Raises: ValueError where MPI sees another number of processes than its launcher says that it has started."""
+    if size == 1 and not started_by_mpiexec():
+        check_alone()
     for rank_name, size_name in _MPI_PLACES:
         if rank_name not in os.environ or size_name not in os.environ:
             continue
@@ -77,7 +103,12 @@ def check_mpi(size: int, library: str) -> None:
 
 
 def check_alone() -> None:
-    """Raises: ValueError where Slurm has started other processes beside this one, which can't find each other."""
+    """Raises: ValueError where Slurm or torchrun has started other processes beside this one, which is alone."""
+    _, size = torchrun_place() or (0, 1)
+    if size > 1:
+        raise ValueError(
+            f"torchrun has started {size} processes, but MPI sees 1: leave transport out, or use mpiexec."
+        )
     tasks, rank = whole_number("SLURM_STEP_NUM_TASKS", 1), whole_number("SLURM_PROCID", 0)
     if max(tasks, rank + 1) > 1:
         raise ValueError(
@@ -86,11 +117,13 @@ def check_alone() -> None:
         )
 
 
-def whole_number(name: str, default: int | None = None) -> int:
-    """A variable that a launcher sets. Raises: ValueError for what is no whole number from 0 on."""
+def whole_number(name: str, default: int | None = None, least: int = 0, most: int = _MOST_PROCESSES) -> int:
+    """A variable that a launcher sets. Raises: ValueError for what is no whole number of that range."""
     text = os.environ.get(name, "" if default is None else str(default))
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"{name} must be a whole number from 0 on, as a launcher sets it: got {text!r}.")
+    if not (text.isascii() and text.isdigit() and len(text) <= 20 and least <= int(text) <= most):
+        raise ValueError(
+            f"{name} must be a whole number from {least} to {most}, as a launcher sets it: got {text!r}."
+        )
     return int(text)
 
 
@@ -110,12 +143,10 @@ def rendezvous(transport: str, timeout: timedelta) -> tuple[Any, int, int]:
 
     name, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
-        if not 0 < int(port) < 1 << 16:
-            raise ValueError("ports are numbered from 1 to 65535")
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
         family, *_, (address, *_) = min(found, key=lambda entry: entry[0] != socket.AF_INET)
         listener = socket.create_server((address, int(port)), family=family, backlog=socket.SOMAXCONN)
-    except (OSError, ValueError) as error:
+    except (OSError, UnicodeError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             return _meet(timeout, 0)  # it may be the program's own store, which torch then shares
         raise ValueError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RankLost, Unsupported
-from .environment import check_mpi, launched_rank, share_cores, started_by_mpiexec
+from .environment import check_before_mpi, check_mpi, launched_rank, share_cores, started_by_mpiexec
 from .mpi_peers import MpiPeers, named
 from .transport import DEFAULT_DEADLINE_SECONDS, Transport
 
@@ -176,6 +176,7 @@ class MpiTransport(Transport):
 
 
 _under_way: list[Tensor] = []  # memory that MPI may still write
+_starting: threading.Thread | None = None  # MPI may be started once
 
 
 class _PersistentRequest:
@@ -217,7 +218,9 @@ def _import_mpi(deadline_seconds: float = DEFAULT_DEADLINE_SECONDS) -> Any:
         if "mpi4py.MPI" not in sys.modules:
             _start_mpi(deadline_seconds)
         from mpi4py import MPI
-    except ImportError as missing:
+    except RankLost:
+        raise
+    except (ImportError, RuntimeError) as missing:  # no mpi4py, or no MPI library for it
         raise Unsupported(NEEDED) from missing
     finally:
         for name in ours:
@@ -228,20 +231,29 @@ def _import_mpi(deadline_seconds: float = DEFAULT_DEADLINE_SECONDS) -> Any:
 def _start_mpi(deadline_seconds: float) -> None:
     """Start MPI before mpi4py does, which holds Python's lock as long as that takes: without end, if a rank died.
 
-    Raises: RankLost after the deadline; the thread that waits inside MPI is left behind.
+    Raises: RankLost after the deadline; the thread that waits inside MPI is left behind, and asked again by who
+    comes again.
     """
+    global _starting
     import mpi4py
 
     extension = importlib.util.find_spec("mpi4py.MPI")
     if extension is None or extension.origin is None or not mpi4py.rc.initialize:
         return  # the program has its own way
-    start = ctypes.CDLL(extension.origin).MPI_Init_thread  # which lets go of that lock
+    library, started = ctypes.CDLL(extension.origin), ctypes.c_int()
+    library.MPI_Initialized(ctypes.byref(started))
+    if started and _starting is None:
+        return  # the program has started it otherwise, and ends it
     levels = {"single": 0, "funneled": 1, "serialized": 2, "multiple": 3}
     wanted = levels[mpi4py.rc.thread_level] if mpi4py.rc.threads else 0
-    starting = threading.Thread(target=start, args=(None, None, wanted, ctypes.byref(ctypes.c_int())), daemon=True)
-    starting.start()
-    starting.join(deadline_seconds)
-    if starting.is_alive():
+    if _starting is None:
+        check_before_mpi()
+        call = (None, None, wanted, ctypes.byref(ctypes.c_int()))
+        start = library.MPI_Init_thread  # which lets go of that lock
+        _starting = threading.Thread(target=start, args=call, daemon=True)
+        _starting.start()
+    _starting.join(deadline_seconds)
+    if _starting.is_alive():
         raise RankLost(
             f"rank {launched_rank()} waited {deadline_seconds:g} s in MPI_Init: another rank is gone, or has not "
             "come there."

@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import gc
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RankLost
-from .environment import interfaces, not_come, rendezvous, share_cores, started_by_torchrun
+from .environment import interfaces, not_come, rendezvous, share_cores, started_by_torchrun, whole_number
 from .transport import DEFAULT_DEADLINE_SECONDS, Transport, as_bytes, fenced
 
 _STORE_SECONDS = 0.5  # for an answer, beside the deadline that has passed
@@ -204,7 +203,13 @@ class GlooTransport(TorchTransport):
     def shrink(self) -> Transport:
         from torch.distributed import PrefixStore
 
-        members = self._decide()
+        try:
+            members = self._decide()
+        except RuntimeError as failure:
+            raise self.lost(
+                f"rank {self.rank} can't go on: the store in which the ranks met is gone, as with rank 0 where "
+                f"no torchrun holds it ({failure})."
+            ) from failure
         if self.rank not in members:
             raise fenced(self.rank, members)
         rank, size = members.index(self.rank), len(members)
@@ -283,11 +288,16 @@ class NcclTransport(TorchTransport):
     @classmethod
     def connect(cls, deadline_seconds: float) -> Transport:
         """This rank, on the process's current CUDA device."""
+        device, devices = whole_number("LOCAL_RANK", 0), torch.cuda.device_count()
+        if device >= devices:
+            raise ValueError(
+                f"LOCAL_RANK={device}, but this host has {devices} CUDA devices: start one rank for each."
+            )
         from torch.distributed import PrefixStore, ProcessGroupNCCL
 
         share_cores()
         store, rank, size = rendezvous(cls.name, timedelta(seconds=deadline_seconds))
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
         options = ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=deadline_seconds)
         group = ProcessGroupNCCL(PrefixStore(f"shardsum {next(_groups)}", store), rank, size, options)
