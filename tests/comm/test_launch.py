@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from shardsum import AttentionState
 from shardsum.comm import Communicator, connect
 from shardsum.errors import RankLost, Unsupported
-from shardsum.launching import launch
+from shardsum.launching import launch, wire
 from shardsum.launching.failures import read_failure
 from shardsum.launching.worker import _report as report_error
 
@@ -135,6 +136,29 @@ def test_closures_run_as_threads() -> None:
 class Holder:
     def method(self, comm: Communicator) -> int:
         return comm.rank
+
+
+def test_no_room_for_what_goes_to_other_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(wire, "save_file", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(OSError, match=r"can't write .*arguments\.safetensors: .*No space left on device"):
+        launch(give_back, 2, "gloo", (torch.ones(3),))
+    assert list(tmp_path.iterdir()) == []
+
+
+def mpiexecs_folder(comm: Communicator) -> str | None:
+    return os.environ.get("PMIX_SERVER_TMPDIR")
+
+
+def test_what_mpiexec_writes_goes_with_the_launch() -> None:
+    (folder,) = launch(mpiexecs_folder, 1, "mpi")
+    if folder is None:
+        pytest.skip("this mpiexec is not Open MPI's")
+    assert Path(folder).parent.name.startswith(f"shardsum-{os.getpid()}-")
+    assert not Path(folder).exists()
 
 
 def test_what_has_no_name_in_another_process_is_refused() -> None:

@@ -34,6 +34,7 @@ class Mpiexec(Processes):
         # usual 4 KB are less than one attention state.
         environment |= {"OMPI_MCA_btl_sm_eager_limit": str(EAGER_BYTES)}
         environment |= {"UCX_TLS": "shm,self"}  # the same for MPICH
+        environment["PRTE_MCA_prte_tmpdir_base"] = str(self.directory)  # what a killed mpiexec leaves goes with it
         if SHARED_MEMORY.is_dir():  # in a place of our own, which we can clear after any end
             environment["OMPI_MCA_btl_sm_backing_directory"] = str(SHARED_MEMORY / self.directory.name)
         return environment

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from .failures import Failure, blame, died, note, raise_first
 from .job import threads_per_rank
 
 Result = TypeVar("Result")
-# How long each rank gets to hear that the launch is over; it does at its next message.
+# How long the ranks get to hear that the launch is over; each does at its next message.
 GRACE_SECONDS = 1.0
 
 
@@ -55,9 +56,10 @@ def run_threads(
     except BaseException:
         for rank in range(ranks):
             hub.leave(rank, failed=True)
+        end = time.monotonic() + GRACE_SECONDS
         for thread in threads:  # one that is inside torch when Python ends would abort the process
             if thread.is_alive():
-                thread.join(GRACE_SECONDS)
+                thread.join(max(0.0, end - time.monotonic()))
         raise
     finally:
         torch.set_num_threads(before)

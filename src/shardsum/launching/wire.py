@@ -22,12 +22,15 @@ def save(path: Path, value: Any) -> None:
     """Write `value` to a file; it is complete as soon as it exists under this name.
 
     Raises: TypeError naming what is not None, bool, number, string, tensor, array, AttentionState, or a list,
-    tuple or dict of these.
+    tuple or dict of these; OSError where it can't be written.
     """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_encode(value, tensors, "value"))
-    with appears_whole(path, durable=False) as unfinished:
-        save_file(tensors, unfinished, metadata={"value": text})
+    try:
+        with appears_whole(path, durable=False) as unfinished:
+            save_file(tensors, unfinished, metadata={"value": text})
+    except SafetensorError as error:  # which is no OSError
+        raise OSError(f"can't write {path}: {error}") from error
 
 
 def load(path: Path) -> Any:
