@@ -6,6 +6,7 @@ python -m tests.hf.sweep llama bert # prints the lines of these
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -57,15 +58,49 @@ SMALL: list[tuple[str, int]] = [
     (r"hidden_size|d_model|n_embd|embed_dim|embedding_size|hidden_dim|^dim$|width|d_embed", 32),
     (r"first_k_dense_replace|num_dense_layers|num_nextn_predict_layers", 1),
 ]
+# What one type needs besides, because its parts belong together in ways of their own.
+_HEADS_OF_THEIR_OWN = {"num_key_value_heads": 4}
+_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
+# Types whose positions or embeddings are made from the number of padding.
+PADDED = {
+    "camembert",
+    "data2vec-text",
+    "gemma4",
+    "gemma4_unified",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+}
+PADDED |= {"xlm-roberta-xl", "xmod"}
+EXTRA: dict[str, dict[str, Any]] = {
+    "axk2": _HEADS_OF_THEIR_OWN,
+    "bamba": _MAMBA,
+    "deepseek_v2": {"n_group": 1, "topk_group": 1},
+    "deepseek_v32": _HEADS_OF_THEIR_OWN,
+    "ernie4_5_moe": {"moe_k": 2},
+    "glm_moe_dsa": _HEADS_OF_THEIR_OWN,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": _MAMBA,
+    "hunyuan_v1_dense": _ROPE,
+    "hunyuan_v1_moe": _ROPE,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "ministral": _ROPE,
+    "nemotron": {"num_key_value_heads": 2},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+}
 
 
 def build(model_type: str) -> Any:
     """A random model of this type, small, with weights large enough that attention and its masks matter."""
     torch.manual_seed(0)
     kind = CONFIG_MAPPING[model_type]
-    config = kind(**small(kind().to_dict()))
+    config = kind(**{**small(kind().to_dict()), **EXTRA.get(model_type, {})})
     for each in (config, config.get_text_config(decoder=True)):
-        each.pad_token_id = each.bos_token_id = each.eos_token_id = None
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            with contextlib.suppress(Exception):  # some must be numbers
+                setattr(each, name, 0 if model_type in PADDED and name == "pad_token_id" else None)
     if "is_decoder" in config.to_dict():
         config.is_decoder = True
     with torch.device("meta"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -15,7 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from shardsum.comm import connect
 from shardsum.hf import training
 
-from .tiny import prompt, tiny
+from .tiny import SIZES, prompt, tiny
 
 
 def shifted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,6 +110,21 @@ def test_the_own_loss_of_a_family_is_computed(family: str) -> None:
     expected = model(input_ids=ids, labels=ids).loss
     with training(model, connect("single")) as session:
         torch.testing.assert_close(session.loss(ids, ids), expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("family", ["Roberta", "XLMRoberta", "Camembert", "RobertaPreLayerNorm", "Data2VecText"])
+def test_positions_that_a_model_counts_by_itself_are_asked_for(family: str) -> None:
+    """From the padding token's number on, where it is told none: another loss than that of positions from 0."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES, is_decoder=True, pad_token_id=1)
+    model, ids = transformers.AutoModelForCausalLM.from_config(config).eval(), prompt(9, 2)
+    positions = torch.arange(2, 11)[None]
+    expected = model(input_ids=ids, labels=ids).loss
+    with training(model, connect("single")) as session:
+        with pytest.raises(ValueError, match=r"counts positions in a way of its own.*pass position_ids"):
+            session.loss(ids, ids)
+        found = session.loss(ids, ids, position_ids=positions)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)
 
 
 def test_labels_of_another_dtype_are_named() -> None:

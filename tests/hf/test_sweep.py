@@ -9,7 +9,7 @@ import transformers
 
 from . import sweep
 
-SAMPLE = ["llama", "gpt_neox", "gemma3_text", "opt", "gpt_oss", "olmo2", "mamba", "bloom"]
+SAMPLE = ["llama", "gpt_neox", "gemma3_text", "gpt_oss", "roberta", "mamba", "bloom"]
 ROWS = {row["type"]: row for row in map(json.loads, sweep.TABLE.read_text().splitlines())}
 
 

@@ -49,6 +49,7 @@ class BoundModel(OnePerRank, ABC):
     - `positions`: the longest sequence that the model was checked for.
     - `probe`: while the model is being checked, what stands in for its attention.
     - `checked`: whether that is done, and all ranks have agreed.
+    - `counts_from_zero`: whether the model gives tokens the positions 0, 1, 2 ... where none are passed.
     - `computed_options`: Transformers' options of an attention call that `attend` takes into account.
     """
 
@@ -58,7 +59,7 @@ class BoundModel(OnePerRank, ABC):
         self.model, self.comm, self.layout, self.positions = model, comm, layout, positions
         self.names = {module: name for name, module in model.named_modules()}
         self.probe: AttentionSubstitute | None = None
-        self.open, self.checked = True, False
+        self.open, self.checked, self.counts_from_zero = True, False, True
 
     @abstractmethod
     def attend(self, call: AttentionCall, options: dict[str, Any]) -> Tensor:

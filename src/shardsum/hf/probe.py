@@ -86,6 +86,7 @@ def _questions(session: BoundModel, name: str) -> Iterator[tuple[Outputs, _Probe
         with torch.no_grad():
             own = _run(session, _tokens(model, TOKENS), **_whole(TOKENS))
             _check_finite(session, own)
+            session.counts_from_zero = first_difference(model, own, _run(session, _tokens(model, TOKENS))) is None
             with silence():  # it warns where a model's attention can't be chosen; the probe finds out
                 model.set_attn_implementation(name)
             session.probe = probing = _Probe(session)

@@ -189,7 +189,7 @@ class Training(BoundModel):
         self, sequences: Sequences, num_items_in_batch: int | None, seed: int | None
     ) -> tuple[Batch, int]:
         """Return the batch, and what the sum of its token losses is divided by."""
-        _check_usable(self)
+        _check_usable(self, sequences)
         sequences.check(self.model, self.positions)
         documents = sequences.position_ids if self.separates_documents else None
         length = sequences.input_ids.shape[1]
@@ -248,12 +248,17 @@ def _separates_two(mask_function: MaskFunction, batch_size: int, device: torch.d
         raise Unsupported(why_no_rule(error)) from error
 
 
-def _check_usable(bound: Training) -> None:
+def _check_usable(bound: Training, sequences: Sequences) -> None:
     if not bound.open:
         raise ValueError("this training session is closed. Use it inside of `with training(...)`.")
     check_no_hooks(bound.model)
     if bound.model.loss_function is not bound.own_loss:
         raise ValueError("model.loss_function was changed in the session, which computes the one that it had.")
+    if sequences.position_ids is None and not bound.counts_from_zero:
+        raise Unsupported(
+            f"{type(bound.model).__name__} counts positions in a way of its own where none are given (on from its "
+            "padding token, say), which a rank's share of the tokens does not show: pass position_ids to loss()."
+        )
 
 
 def _describe(bound: Training) -> dict[str, Any]:
