@@ -27,6 +27,7 @@ SPIN_SECONDS = 0.0005
 LOOK_SECONDS = 0.1  # how often a rank that waits looks whether another has failed or given up
 _RECOVERS = "OMPI_MCA_mpi_ft_enable"  # what `--with-ft ulfm` sets for each rank
 _MAX_BYTES = 2**31 - 1  # of one MPI message counted by a C int
+_MULTIPLE = 3  # MPI_THREAD_MULTIPLE, in Open MPI and in MPICH
 _START_SECONDS = 60.0  # ranks import torch at different speeds; that is no collective's deadline
 
 
@@ -238,17 +239,18 @@ def _start_mpi(deadline_seconds: float) -> None:
     import mpi4py
 
     extension = importlib.util.find_spec("mpi4py.MPI")
-    if extension is None or extension.origin is None or not mpi4py.rc.initialize:
+    rc = mpi4py.rc
+    if extension is None or extension.origin is None or not rc.initialize:
         return  # the program has its own way
+    if not rc.threads or rc.thread_level != "multiple":
+        return  # only the thread that starts MPI may use it then
     library, started = ctypes.CDLL(extension.origin), ctypes.c_int()
     library.MPI_Initialized(ctypes.byref(started))
     if started and _starting is None:
         return  # the program has started it otherwise, and ends it
-    levels = {"single": 0, "funneled": 1, "serialized": 2, "multiple": 3}
-    wanted = levels[mpi4py.rc.thread_level] if mpi4py.rc.threads else 0
     if _starting is None:
         check_before_mpi()
-        call = (None, None, wanted, ctypes.byref(ctypes.c_int()))
+        call = (None, None, _MULTIPLE, ctypes.byref(ctypes.c_int()))
         start = library.MPI_Init_thread  # which lets go of that lock
         _starting = threading.Thread(target=start, args=call, daemon=True)
         _starting.start()
@@ -258,7 +260,7 @@ def _start_mpi(deadline_seconds: float) -> None:
             f"rank {launched_rank()} waited {deadline_seconds:g} s in MPI_Init: another rank is gone, or has not "
             "come there."
         )
-    if mpi4py.rc.finalize is not False:
+    if rc.finalize is not False:
         atexit.register(_end_mpi)  # mpi4py ends what it has started itself
 
 
